@@ -1,0 +1,276 @@
+"""Every environment variable, read here and nowhere else.
+
+``Settings`` lists them with parser and default; ``docs/configuration.md`` describes each. A value
+that cannot be read is an error that names the variable, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import attrs
+
+from flowmesh_core.errors import ConfigError
+
+if TYPE_CHECKING:  # pydantic would cost `flowmesh plugins list` its start time
+    from pydantic import BaseModel
+
+__all__ = ["Settings", "load_plugin_settings", "load_settings", "read_environment"]
+
+ModelT = TypeVar("ModelT", bound="BaseModel")
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+_WORKER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
+
+
+class _UnreadableError(Exception):
+    """Carries what was expected, to be put beside the variable's name and value."""
+
+
+def _text(raw: str) -> str:
+    return raw
+
+
+def _flag(raw: str) -> bool:
+    word = raw.strip().lower()
+    if word in _TRUE | _FALSE:
+        return word in _TRUE
+    raise _UnreadableError("one of 1, true, yes, on, 0, false, no, off")
+
+
+def _cleanup_flag(raw: str) -> bool:
+    """Any text but a negative one means yes: that is how the earlier worker reads it."""
+    return raw.strip().lower() not in _FALSE
+
+
+def _number(*, above: float = -math.inf, least: float = -math.inf) -> Callable[[str], float]:
+    bound = f" above {above:g}" if above > -math.inf else ""
+    bound += f" of at least {least:g}" if least > -math.inf else ""
+
+    def parse(raw: str) -> float:
+        try:
+            value = float(raw)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and value > above and value >= least:
+            return value
+        raise _UnreadableError(f"a number{bound}")
+
+    return parse
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    expected = f"a whole number of at least {least}" if most is None else f"{least} to {most}"
+
+    def parse(raw: str) -> int:
+        try:
+            value = int(raw)
+        except ValueError:
+            raise _UnreadableError(expected) from None
+        if value < least or (most is not None and value > most):
+            raise _UnreadableError(expected)
+        return value
+
+    return parse
+
+
+def _names(raw: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in raw.split(",") if part.strip()))
+
+
+def _folders(raw: str) -> tuple[Path, ...]:
+    paths = tuple(Path(part).expanduser() for part in raw.split(os.pathsep) if part)
+    if all(path.is_absolute() for path in paths):
+        return paths
+    raise _UnreadableError(f"absolute folders separated by {os.pathsep!r}")
+
+
+def _folder(raw: str) -> Path:
+    return Path(raw).expanduser()
+
+
+def _plain_name(raw: str) -> str:
+    if _WORKER_ID.match(raw):
+        return raw
+    raise _UnreadableError("a plain name: letters, digits, '-', '_', '.', not starting with '.'")
+
+
+def _redis_url(raw: str) -> str:
+    if urlsplit(raw).scheme in ("redis", "rediss", "unix"):
+        return raw
+    raise _UnreadableError("a redis://, rediss:// or unix:// URL")
+
+
+def _http_url(raw: str) -> str:
+    parts = urlsplit(raw)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        return raw.rstrip("/")
+    raise _UnreadableError("an http:// or https:// URL")
+
+
+def _log_level(raw: str) -> str:
+    level = raw.strip().upper()
+    if level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        return level
+    raise _UnreadableError("DEBUG, INFO, WARNING, ERROR or CRITICAL")
+
+
+def _preferences(raw: str) -> Mapping[str, tuple[str, ...]]:
+    """Read ``inference=vllm,llamacpp;sft=trl`` as ranks per task type."""
+    ranks: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, (piece.strip() for piece in raw.split(";"))):
+        task_type, equals, executors = part.partition("=")
+        if not equals or not _names(executors):
+            raise _UnreadableError("TYPE=EXECUTOR[,EXECUTOR...] separated by ';'")
+        ranks[task_type.strip()] = _names(executors)
+    return ranks
+
+
+def _var(
+    name: str, parse: Callable[[str], Any], default: Any = None, *, factory: Any = None
+) -> Any:
+    metadata = {"variable": name, "parse": parse}
+    if factory is not None:
+        return attrs.field(factory=factory, metadata=metadata)
+    return attrs.field(default=default, metadata=metadata)
+
+
+def _default_results_dir() -> Path:
+    return Path("results_workers")
+
+
+def _random_worker_id() -> str:
+    return secrets.token_hex(8)
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """All settings of a worker; a field's metadata names its variable."""
+
+    # Names and channels.
+    redis_url: str = _var("REDIS_URL", _redis_url, "redis://localhost:6379/0")
+    task_topic: str = _var("TASK_TOPIC", _text, "tasks")
+    transport: str = _var("FLOWMESH_TRANSPORT", _text, "redis_pubsub")
+    worker_id: str = _var("WORKER_ID", _plain_name, factory=_random_worker_id)
+    worker_tags: tuple[str, ...] = _var("WORKER_TAGS", _names, ())
+    # Beat, cost, network.
+    heartbeat_interval_s: float = _var("HEARTBEAT_INTERVAL_SEC", _number(above=0), 30.0)
+    cost_per_hour: float = _var("WORKER_COST_PER_HOUR", _number(least=0), 1.0)
+    network_bandwidth_bytes_per_s: float | None = _var(
+        "WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC", _number(above=0)
+    )
+    metrics_port: int | None = _var("METRICS_PORT", _whole(0, 65535))
+    visible_devices: str | None = _var("CUDA_VISIBLE_DEVICES", _text)
+    # Results and logs.
+    results_dir: Path = _var("RESULTS_DIR", _folder, factory=_default_results_dir)
+    allowed_dirs: tuple[Path, ...] = _var("FLOWMESH_ALLOWED_DIRS", _folders, ())
+    trust_remote_code: bool = _var("FLOWMESH_TRUST_REMOTE_CODE", _flag, False)
+    fsync: bool = _var("FLOWMESH_FSYNC", _flag, False)
+    log_level: str = _var("LOG_LEVEL", _log_level, "INFO")
+    log_max_bytes: int = _var("FLOWMESH_LOG_MAX_BYTES", _whole(1024), 5_242_880)
+    log_backups: int = _var("FLOWMESH_LOG_BACKUPS", _whole(0), 5)
+    # Work.
+    max_concurrent_tasks: int = _var("MAX_CONCURRENT_TASKS", _whole(1), 1)
+    task_timeout_s: float | None = _var("TASK_TIMEOUT", _number(above=0))
+    drain_timeout_s: float = _var("FLOWMESH_DRAIN_TIMEOUT_S", _number(least=0), 30.0)
+    executor_preferences: Mapping[str, tuple[str, ...]] = _var(
+        "FLOWMESH_PREFER", _preferences, factory=dict
+    )
+    hf_model: str | None = _var("HF_MODEL", _text)
+    vllm_model: str | None = _var("VLLM_MODEL", _text)
+    # Orchestrator, secrets, network policy.
+    orchestrator_base_url: str | None = _var("ORCHESTRATOR_BASE_URL", _http_url)
+    orchestrator_token: str | None = attrs.field(
+        default=None, repr=False, metadata={"variable": "ORCHESTRATOR_TOKEN", "parse": _text}
+    )
+    env_allow: tuple[str, ...] = _var("FLOWMESH_ENV_ALLOW", _names, ())
+    http_allow: tuple[str, ...] = _var("FLOWMESH_HTTP_ALLOW", _names, ())
+    delivery_retries: int = _var("FLOWMESH_DELIVERY_RETRIES", _whole(0), 5)
+    # Plugins.
+    only_plugins: tuple[str, ...] = _var("FLOWMESH_ONLY_PLUGINS", _names, ())
+    disable_plugins: tuple[str, ...] = _var("FLOWMESH_DISABLE_PLUGINS", _names, ())
+    strict_plugins: bool = _var("FLOWMESH_STRICT_PLUGINS", _flag, False)
+    # Archives of models.
+    archive_use_pigz: bool = _var("MODEL_ARCHIVE_USE_PIGZ", _flag, False)
+    archive_level: int | None = _var("MODEL_ARCHIVE_COMPRESSION_LEVEL", _whole(0, 9))
+    archive_pigz_threads: int | None = _var("MODEL_ARCHIVE_PIGZ_THREADS", _whole(1))
+    archive_pigz_bin: str = _var("MODEL_ARCHIVE_PIGZ_BIN", _text, "pigz")
+    archive_tar_bin: str = _var("MODEL_ARCHIVE_TAR_BIN", _text, "tar")
+    cleanup_after_upload: bool = _var("MODEL_CLEANUP_AFTER_UPLOAD", _cleanup_flag, False)
+
+    @property
+    def heartbeat_ttl_s(self) -> int:
+        """Seconds for which the heartbeat key outlives the last beat."""
+        return int(max(4 * self.heartbeat_interval_s, 120))
+
+
+def read_environment() -> Mapping[str, str]:
+    """Return the process environment; the only reader of it."""
+    return os.environ
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Build the settings from the environment; overrides are field names and win.
+
+    Raises:
+        ConfigError: Naming every variable that cannot be read.
+    """
+    source = read_environment() if environ is None else environ
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in attrs.fields(Settings):
+        name = field.metadata["variable"]
+        raw = source.get(name)
+        # An empty CUDA_VISIBLE_DEVICES hides every GPU; elsewhere empty means unset.
+        if field.name in overrides or raw is None or (not raw and name != "CUDA_VISIBLE_DEVICES"):
+            continue
+        try:
+            values[field.name] = field.metadata["parse"](raw)
+        except _UnreadableError as exc:
+            shown = "***" if "TOKEN" in name else repr(raw)
+            problems.append(f"{name} must be {exc}, got {shown}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return Settings(**{**values, **overrides})
+
+
+def load_plugin_settings(
+    model: type[ModelT], *, plugin: str, environ: Mapping[str, str] | None = None
+) -> ModelT:
+    """Fill a plugin's own settings model from the environment.
+
+    A field ``threads`` of plugin ``llamacpp`` is read from ``FLOWMESH_LLAMACPP_THREADS``; a field
+    with an alias in capitals is read from the variable of that name.
+
+    Raises:
+        ConfigError: Naming every variable that cannot be read.
+    """
+    from pydantic import ValidationError  # noqa: PLC0415 - see the import block
+
+    source = read_environment() if environ is None else environ
+    names = {field: _variable_of(model, field, plugin) for field in model.model_fields}
+    found = {field: source[name] for field, name in names.items() if source.get(name)}
+    keyed = {model.model_fields[field].alias or field: raw for field, raw in found.items()}
+    try:
+        return model.model_validate(keyed)
+    except ValidationError as exc:
+        variables = {model.model_fields[field].alias or field: n for field, n in names.items()}
+        problems = [
+            f"{variables[str(item['loc'][0])]}: {item['msg']}, got {item['input']!r}"
+            for item in exc.errors(include_url=False)
+        ]
+        raise ConfigError("; ".join(problems)) from None
+
+
+def _variable_of(model: type[BaseModel], field: str, plugin: str) -> str:
+    alias = model.model_fields[field].alias
+    if alias and alias.isupper():
+        return alias
+    return f"FLOWMESH_{plugin.replace('-', '_').upper()}_{field.upper()}"

@@ -1,0 +1,319 @@
+"""The interface between the core and an executor: what one declares, gets and gives back."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from concurrent.futures import Future
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import attrs
+
+from flowmesh_core.errors import CancelledError, DeadlineError, FlowmeshError, PluginError
+from flowmesh_core.inputs import Inputs
+
+__all__ = [
+    "API_VERSION",
+    "Artifact",
+    "Capability",
+    "ChildTask",
+    "Executor",
+    "ExecutorInfo",
+    "Outcome",
+    "RunContext",
+    "RunResult",
+]
+
+API_VERSION = "1.0"
+
+
+class Capability(str, enum.Enum):
+    """What an executor promises; the core relies on it and the conformance kit checks it."""
+
+    CPU = "cpu"
+    """Runs on a machine without a GPU."""
+    GPU = "gpu"
+    """Uses the GPUs in ``ctx.devices`` when there are any; without CPU beside it, needs one."""
+    CONCURRENT = "concurrent"
+    """A coroutine ``run`` that may be given several tasks at once."""
+    BATCH_INVARIANT = "batch_invariant"
+    """A task's output does not depend on the tasks that ran beside it."""
+    SHRINK = "shrink"
+    """May be run once more with a smaller batch after memory ran out."""
+
+
+def _capabilities(values: Any) -> frozenset[Capability]:
+    return frozenset(Capability(value) for value in values)
+
+
+@attrs.frozen(kw_only=True)
+class ExecutorInfo:
+    """A declaration: plain data that is enough to route, check and list without importing.
+
+    Attributes:
+        name: Unique among all installed executors; third parties use ``vendor.name``.
+        task_types: Values of ``spec.taskType`` that it serves.
+        target: ``package.module:Class``, imported when its first task arrives.
+        needs: Import names without which it cannot run.
+        install: The command that installs them.
+        capabilities: What it promises.
+        places: Drivers of ``flowmesh.places`` in which it may run, preferred first.
+        api_version: The ``API_VERSION`` that it was written for.
+        spec: ``package.module:Model``, a pydantic model of ``spec``; light to import.
+        settings: ``package.module:Model``, a pydantic model that the environment fills.
+        inputs: What the core gathers for it before it runs: ``rows``, ``model``, ``adapters``,
+            ``checkpoint``.
+        engine_key: Paths into ``spec``; tasks that agree on them share a loaded engine.
+        group_key: Paths into ``spec``; tasks that agree on them may run as one group.
+        model_formats: ``gguf``, ``hf``: what it loads; empty means it loads no model.
+        variables: Environment variables that its child process keeps.
+        priority: Rank among executors of one task type; higher is preferred.
+    """
+
+    name: str
+    task_types: frozenset[str] = attrs.field(converter=frozenset)
+    target: str
+    needs: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    install: str = ""
+    capabilities: frozenset[Capability] = attrs.field(
+        default=(Capability.CPU,), converter=_capabilities
+    )
+    places: tuple[str, ...] = attrs.field(default=("process", "inline"), converter=tuple)
+    api_version: str = API_VERSION
+    spec: str = ""
+    settings: str = ""
+    inputs: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    engine_key: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    group_key: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    model_formats: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    variables: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    priority: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        problems = []
+        if not self.name or not self.task_types:
+            problems.append("name and task_types must not be empty")
+        for field in ("target", "spec", "settings"):
+            path = getattr(self, field)
+            if (path or field == "target") and path.count(":") != 1:
+                problems.append(f"{field} must be 'package.module:Name', got {path!r}")
+        if problems:
+            raise PluginError(f"executor {self.name!r}: {'; '.join(problems)}")
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it cannot run without a GPU."""
+        return Capability.GPU in self.capabilities and Capability.CPU not in self.capabilities
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the declaration as JSON data, sets sorted."""
+        return {
+            key: sorted(value) if isinstance(value, frozenset) else value
+            for key, value in attrs.asdict(self, value_serializer=_plain).items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ExecutorInfo:
+        """Build a declaration from ``to_dict``; fields of a later version are ignored."""
+        known = {field.name for field in attrs.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+def _plain(_owner: Any, _field: Any, value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(getattr(item, "value", item) for item in value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _relative(_owner: Any, _field: Any, value: str) -> None:
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"artifact path must lie in the task's folder, got {value!r}")
+
+
+@attrs.frozen
+class Artifact:
+    """A file of the task's folder that is to reach the task's destination.
+
+    Attributes:
+        path: Relative to ``ctx.folder``.
+        result_key: Key of the result whose object gets ``path``, ``url``, ``download_url``.
+    """
+
+    path: str = attrs.field(validator=_relative)
+    result_key: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """What became of one task: a JSON result, or the error that ended it.
+
+    Attributes:
+        result: JSON object, as the task type's result model has it.
+        error: Why it failed; None when it succeeded.
+        artifacts: Files to ship.
+    """
+
+    result: Mapping[str, Any] = attrs.field(factory=dict)
+    error: FlowmeshError | None = None
+    artifacts: tuple[Artifact, ...] = attrs.field(default=(), converter=tuple)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the task succeeded."""
+        return self.error is None
+
+
+RunResult = Outcome | Mapping[str, Any]
+
+
+class ChildTask:
+    """A task that an executor started with ``ctx.run_task``.
+
+    A coroutine awaits it; a plain ``run``, which has a thread of its own, calls ``result``.
+    """
+
+    def __init__(self, future: Future[Outcome]) -> None:
+        self._future = future
+
+    def result(self, timeout_s: float | None = None) -> Outcome:
+        """Wait for the outcome. Never call this from a coroutine.
+
+        Raises:
+            TimeoutError: It has not ended within ``timeout_s``.
+        """
+        return self._future.result(timeout_s)
+
+    def __await__(self) -> Generator[Any, None, Outcome]:
+        import asyncio  # noqa: PLC0415 - plugins that only declare do not pay for it
+
+        return asyncio.wrap_future(self._future).__await__()
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """Stand in for a callback that nobody listens to."""
+
+
+def _no_children(_spec: Mapping[str, Any]) -> Future[Outcome]:
+    raise PluginError("this place cannot run child tasks")
+
+
+@attrs.define(kw_only=True, eq=False)
+class RunContext:
+    """All that an executor is told about one task; new fields break no executor.
+
+    Attributes:
+        task_id: Plain name.
+        task_type: ``spec.taskType``.
+        spec: Instance of the declared spec model, or the raw mapping without one. Secrets that
+            the document names are resolved in it.
+        raw_spec: The document's ``spec`` as it came, secrets still by name.
+        metadata: The document's ``metadata``.
+        folder: The attempt's own folder; becomes the task's folder when it succeeds.
+        inputs: Rows, model and checkpoint, resolved to local paths and descriptors.
+        attempt: From 1.
+        previous: Folder of an earlier attempt of this task, with its checkpoints, or None.
+        settings: Instance of the declared settings model, or None.
+        devices: GPU indexes that this task may use; empty on CPU.
+        deadline: Seconds on ``clock`` at which the task must have ended, or None.
+        clock: Monotonic clock in seconds.
+    """
+
+    task_id: str
+    task_type: str
+    spec: Any
+    raw_spec: Mapping[str, Any]
+    folder: Path
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
+    inputs: Inputs = attrs.field(factory=Inputs)
+    attempt: int = 1
+    previous: Path | None = None
+    settings: Any = None
+    devices: tuple[str, ...] = ()
+    deadline: float | None = None
+    clock: Callable[[], float]
+    is_cancelled: Callable[[], bool] = attrs.field(default=lambda: False, repr=False)
+    on_progress: Callable[[Mapping[str, Any]], None] = attrs.field(default=_nothing, repr=False)
+    on_log: Callable[[str, str], None] = attrs.field(default=_nothing, repr=False)
+    on_ready: Callable[[RunResult], None] = attrs.field(default=_nothing, repr=False)
+    start_child: Callable[[Mapping[str, Any]], Future[Outcome]] = attrs.field(
+        default=_no_children, repr=False
+    )
+
+    def progress(self, fraction: float | None = None, message: str = "", **values: Any) -> None:
+        """Report progress; cheap, never blocks, from any thread.
+
+        Args:
+            fraction: 0 to 1 and never falling, or None when unknown.
+            message: For people.
+            values: JSON numbers and texts, such as ``loss`` or ``step``.
+        """
+        self.on_progress({"fraction": fraction, "message": message, **values})
+
+    def log(self, message: str, *, level: str = "info") -> None:
+        """Write one line to the task's log."""
+        self.on_log(level, message)
+
+    def ready(self, result: RunResult) -> None:
+        """Say that a service is up: the task has succeeded while ``run`` goes on."""
+        self.on_ready(result)
+
+    def run_task(self, spec: Mapping[str, Any]) -> ChildTask:
+        """Run another task on this worker within this task's slot, deadline and cancel."""
+        return ChildTask(self.start_child(spec))
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task has been cancelled; look often, and stop soon when it is true."""
+        return self.is_cancelled()
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left before the deadline, not below 0; None without one."""
+        return None if self.deadline is None else max(0.0, self.deadline - self.clock())
+
+    def check(self) -> None:
+        """Return at once, or raise because the task must stop.
+
+        Raises:
+            CancelledError: The task was cancelled.
+            DeadlineError: Its time is over.
+        """
+        if self.cancelled:
+            raise CancelledError(f"task {self.task_id} was cancelled")
+        if self.remaining_s == 0.0:
+            raise DeadlineError(f"task {self.task_id} reached its deadline")
+
+
+class Executor(abc.ABC):
+    """Base of all executors. One instance serves one engine key, perhaps for many tasks.
+
+    The core creates an instance for the first task of an engine key, calls ``load`` once, then
+    ``run`` for each task that agrees on the key, and ``unload`` at the end.
+    """
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings
+
+    @abc.abstractmethod
+    def run(self, ctx: RunContext) -> RunResult | Awaitable[RunResult]:
+        """Do the work of one task.
+
+        A plain method gets a thread of its own; a coroutine runs on the event loop and must not
+        block it. Files go under ``ctx.folder`` only.
+
+        Returns:
+            The result as a mapping, or an ``Outcome`` that also names artifacts.
+
+        Raises:
+            FlowmeshError: Raised as it is; its ``retriable`` says whether to try again.
+            Exception: Anything else is reported as a failed execution.
+        """
+
+    def load(self, ctx: RunContext) -> None:  # noqa: B027 - light executors load nothing
+        """Load the engine; called once, before the first ``run``, with that task's context."""
+
+    def unload(self) -> None:  # noqa: B027 - as above
+        """Free what ``load`` took. Comes even after ``run`` raised, and may come twice."""

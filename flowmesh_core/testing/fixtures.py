@@ -1,0 +1,1 @@
+"""Pytest fixtures, registered as the ``flowmesh`` plugin; nothing heavy is imported until one is used."""
