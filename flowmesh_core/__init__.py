@@ -1,0 +1,114 @@
+"""flowmesh: a plugin framework for ML workers.
+
+The names below are the public API; each is loaded on first use, so that importing the package
+stays cheap and never loads an ML library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, as type checkers and readers see them
+    from flowmesh_core.config import Settings as Settings
+    from flowmesh_core.config import load_settings as load_settings
+    from flowmesh_core.contract import CONTRACT_VERSION as CONTRACT_VERSION
+    from flowmesh_core.contract import Envelope as Envelope
+    from flowmesh_core.contract import StrictBlock as StrictBlock
+    from flowmesh_core.contract import Task as Task
+    from flowmesh_core.contract import parse_envelope as parse_envelope
+    from flowmesh_core.contract import parse_message as parse_message
+    from flowmesh_core.contract import parse_task as parse_task
+    from flowmesh_core.errors import ArtifactError as ArtifactError
+    from flowmesh_core.errors import CancelledError as CancelledError
+    from flowmesh_core.errors import ConfigError as ConfigError
+    from flowmesh_core.errors import ContractError as ContractError
+    from flowmesh_core.errors import CrashError as CrashError
+    from flowmesh_core.errors import DeadlineError as DeadlineError
+    from flowmesh_core.errors import ExecutionError as ExecutionError
+    from flowmesh_core.errors import ExecutorUnavailableError as ExecutorUnavailableError
+    from flowmesh_core.errors import FlowmeshError as FlowmeshError
+    from flowmesh_core.errors import InputError as InputError
+    from flowmesh_core.errors import PluginError as PluginError
+    from flowmesh_core.errors import ResourceError as ResourceError
+    from flowmesh_core.errors import TransportError as TransportError
+    from flowmesh_core.errors import UnknownTaskTypeError as UnknownTaskTypeError
+    from flowmesh_core.errors import UploadError as UploadError
+    from flowmesh_core.executor import API_VERSION as API_VERSION
+    from flowmesh_core.executor import Artifact as Artifact
+    from flowmesh_core.executor import Capability as Capability
+    from flowmesh_core.executor import Executor as Executor
+    from flowmesh_core.executor import ExecutorInfo as ExecutorInfo
+    from flowmesh_core.executor import Outcome as Outcome
+    from flowmesh_core.executor import RunContext as RunContext
+    from flowmesh_core.hookspecs import hookimpl as hookimpl
+    from flowmesh_core.inputs import AdapterRef as AdapterRef
+    from flowmesh_core.inputs import Inputs as Inputs
+    from flowmesh_core.inputs import ModelRef as ModelRef
+    from flowmesh_core.inputs import Row as Row
+    from flowmesh_core.inputs import RowSource as RowSource
+    from flowmesh_core.plugins import ExecutorRegistry as ExecutorRegistry
+    from flowmesh_core.plugins import PluginReport as PluginReport
+    from flowmesh_core.plugins import load_plugins as load_plugins
+    from flowmesh_core.specs import Choice as Choice
+    from flowmesh_core.specs import EmbeddingResult as EmbeddingResult
+    from flowmesh_core.specs import EmbeddingSpec as EmbeddingSpec
+    from flowmesh_core.specs import InferenceItem as InferenceItem
+    from flowmesh_core.specs import InferenceParams as InferenceParams
+    from flowmesh_core.specs import InferenceResult as InferenceResult
+    from flowmesh_core.specs import InferenceSpec as InferenceSpec
+    from flowmesh_core.specs import Model as Model
+    from flowmesh_core.specs import ServeSpec as ServeSpec
+    from flowmesh_core.specs import TaskSpec as TaskSpec
+    from flowmesh_core.specs import Usage as Usage
+    from flowmesh_core.specs import refuse_fields as refuse_fields
+    from flowmesh_core.worker import Worker as Worker
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    # Write an executor.
+    "executor": (
+        *("API_VERSION", "Artifact", "Capability", "Executor", "ExecutorInfo"),
+        *("Outcome", "RunContext"),
+    ),
+    "hookspecs": ("hookimpl",),
+    "inputs": ("AdapterRef", "Inputs", "ModelRef", "Row", "RowSource"),
+    # Specs and results shared by engines.
+    "specs": (
+        *("Choice", "EmbeddingResult", "EmbeddingSpec", "InferenceItem", "InferenceParams"),
+        *("InferenceResult", "InferenceSpec", "Model", "ServeSpec", "TaskSpec", "Usage"),
+        "refuse_fields",
+    ),
+    # The task contract.
+    "contract": (
+        *("CONTRACT_VERSION", "Envelope", "StrictBlock", "Task"),
+        *("parse_envelope", "parse_message", "parse_task"),
+    ),
+    # Errors.
+    "errors": (
+        *("ArtifactError", "CancelledError", "ConfigError", "ContractError", "CrashError"),
+        *("DeadlineError", "ExecutionError", "ExecutorUnavailableError", "FlowmeshError"),
+        *("InputError", "PluginError", "ResourceError", "TransportError"),
+        *("UnknownTaskTypeError", "UploadError"),
+    ),
+    # Run a worker.
+    "config": ("Settings", "load_settings"),
+    "plugins": ("ExecutorRegistry", "PluginReport", "load_plugins"),
+    "worker": ("Worker",),
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = [*_HOME]  # noqa: PLE0604 - every entry is a string literal of _EXPORTS
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -76,9 +76,7 @@ class ContractError(FlowmeshError):
     code = "contract"
 
     def __init__(self, problems: Iterable[str] | str, *, where: str = "") -> None:
-        self.problems: Sequence[str] = (
-            (problems,) if isinstance(problems, str) else tuple(problems)
-        )
+        self.problems: Sequence[str] = (problems,) if isinstance(problems, str) else tuple(problems)
         self.where = where
         text = "; ".join(self.problems)
         super().__init__(f"{where}: {text}" if where else text)

@@ -42,6 +42,8 @@ class Capability(str, enum.Enum):
     """A task's output does not depend on the tasks that ran beside it."""
     SHRINK = "shrink"
     """May be run once more with a smaller batch after memory ran out."""
+    SERVICE = "service"
+    """Calls ``ctx.ready``; its task has succeeded then, while ``run`` goes on."""
 
 
 def _capabilities(values: Any) -> frozenset[Capability]:

@@ -256,9 +256,8 @@ def render_graph_template(
         )
     columns = template.get("columns")
     if not isinstance(columns, list) or not columns:
-        raise ContractError(
-            f"data.template.columns must be a non-empty list, got {columns or type_name(columns)}"
-        )
+        got = "an empty one" if columns == [] else type_name(columns)
+        raise ContractError(f"data.template.columns must be a non-empty list, got {got}")
     problems: list[str] = []
     pairs = [
         _read_column(number, column, upstream, problems)

@@ -194,26 +194,25 @@ def _read_nodes(
 def _read_node(
     kind: str, name: str, item: Mapping[str, Any], base: Mapping[str, Any], problems: list[str]
 ) -> _Node:
-    spec, declared = item.get("spec"), item.get("dependsOn", ())
-    if not isinstance(spec or {}, dict):
+    spec: Any = item.get("spec") or {}
+    declared: Any = item.get("dependsOn", [])
+    if not isinstance(spec, dict):
         problems.append(f"{kind} '{name}': spec must be a mapping, got {type_name(spec)}")
-        spec = None
-    for key in _STRUCTURE:
-        if key in (spec or {}):
-            problems.append(f"{kind} '{name}': {key} cannot stand in its spec; move it out")
-    if "dependsOn" in item and not _is_names(declared):
+        spec = {}
+    problems += [
+        f"{kind} '{name}': {key} cannot stand in its spec; move it out"
+        for key in _STRUCTURE
+        if key in spec
+    ]
+    if not _is_names(declared):
         problems.append(
             f"{kind} '{name}': dependsOn must be a list of {kind} names, got {declared!r}"
         )
-        declared = ()
-    document = _merge(base, {"spec": spec or {}})
+        declared = []
+    document = _merge(base, {"spec": spec})
     document["metadata"] = {**base["metadata"], "name": f"{base['metadata']['name']}:{name}"}
-    return _Node(
-        kind=kind,
-        name=name,
-        document=document,
-        declared=tuple(declared) if "dependsOn" in item else None,
-    )
+    given = tuple(declared) if "dependsOn" in item else None
+    return _Node(kind=kind, name=name, document=document, declared=given)
 
 
 def _is_names(value: object) -> bool:
@@ -223,7 +222,7 @@ def _is_names(value: object) -> bool:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
+        old: Any = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = _merge(old, value) if both else value
     return merged
@@ -231,26 +230,29 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _link(nodes: list[_Node], problems: list[str]) -> dict[str, list[str]]:
     """Map each name to the names it depends on; only sound ones get in."""
-    names = [node.name for node in nodes]
+    position = {node.name: number for number, node in enumerate(nodes)}
     links: dict[str, list[str]] = {}
-    for number, node in enumerate(nodes):
-        allowed = names[:number] if node.kind == "stage" else names
-        wanted = [*_declared(node, names[:number]), *_implied(node, problems)]
-        faults = [_judge(node, name, source, names, allowed) for name, source in wanted]
+    previous = ""
+    for node in nodes:
+        wanted = [*_declared(node, previous), *_implied(node, position, problems)]
+        faults = [_judge(node, name, source, position) for name, source in wanted]
         problems.extend(filter(None, dict.fromkeys(faults)))
         sound = [name for (name, _), fault in zip(wanted, faults, strict=True) if not fault]
         links[node.name] = list(dict.fromkeys(sound))
+        previous = node.name
     return links
 
 
-def _declared(node: _Node, before: list[str]) -> Iterator[tuple[str, str]]:
+def _declared(node: _Node, previous: str) -> Iterator[tuple[str, str]]:
     if node.declared is not None:
         yield from ((name, "dependsOn") for name in node.declared)
-    elif node.kind == "stage" and before:
-        yield before[-1], "dependsOn"
+    elif node.kind == "stage" and previous:
+        yield previous, "dependsOn"
 
 
-def _implied(node: _Node, problems: list[str]) -> Iterator[tuple[str, str]]:
+def _implied(
+    node: _Node, position: Mapping[str, int], problems: list[str]
+) -> Iterator[tuple[str, str]]:
     for reference in sorted(references(node.document), key=lambda found: found.text):
         source = f"reference '{reference.text}'"
         if not reference.path:
@@ -258,7 +260,10 @@ def _implied(node: _Node, problems: list[str]) -> Iterator[tuple[str, str]]:
                 f"{node.label}: {source} has no path; write ${{{node.kind}.path}},"
                 " or $${ for a literal ${"
             )
-        elif not reference.is_env:
+        elif not reference.is_env and (
+            reference.path != "task_id" or reference.stage not in position
+        ):
+            # An id is known from the start, so a stage may name any other's, or its own.
             yield reference.stage, source
     data = node.document["spec"].get("data")
     if isinstance(data, dict) and data.get("type") == "graph_template":
@@ -267,13 +272,13 @@ def _implied(node: _Node, problems: list[str]) -> Iterator[tuple[str, str]]:
         yield from ((stage, "data.template.columns") for stage in sorted(stages))
 
 
-def _judge(node: _Node, name: str, source: str, names: list[str], allowed: list[str]) -> str:
+def _judge(node: _Node, name: str, source: str, position: Mapping[str, int]) -> str:
     """Say what is wrong with a dependency, or nothing."""
-    if name not in names:
-        return f"{node.label}: {source} names no {_unknown(node.kind, name, names)}"
+    if name not in position:
+        return f"{node.label}: {source} names no {_unknown(node.kind, name, position)}"
     if name == node.name:
         return f"{node.label}: {source} names the {node.kind} itself; remove it"
-    if name not in allowed:
+    if node.kind == "stage" and position[name] > position[node.name]:
         return f"{node.label}: {source} names '{name}', which comes later; move '{name}' before it"
     return ""
 
@@ -284,17 +289,21 @@ def _sort(
     """Order nodes by their dependencies; stages already are."""
     if any(node.kind == "stage" for node in nodes):
         return tuple(nodes)
-    by_name = {node.name: node for node in nodes}
     left = dict(links)
-    while True:
-        try:
-            return tuple(
-                by_name[name] for name in TopologicalSorter(left).static_order() if name in left
-            )
-        except CycleError as error:
-            cycle: list[str] = error.args[1]
-            problems.append(f"nodes wait for one another: {' -> '.join(cycle)}; break the cycle")
-            left = {name: left[name] for name in left if name not in cycle}
+    while cycle := _find_cycle(left):
+        problems.append(f"nodes wait for one another: {' -> '.join(cycle)}; break the cycle")
+        left = {name: left[name] for name in left if name not in cycle}
+    by_name = {node.name: node for node in nodes}
+    return tuple(by_name[name] for name in TopologicalSorter(left).static_order())
+
+
+def _find_cycle(links: Mapping[str, list[str]]) -> list[str]:
+    """Name one circle in the order in which it would run, or nothing."""
+    try:
+        TopologicalSorter(links).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def _plan(
@@ -446,14 +455,16 @@ def render_task(
         if not reference.is_env:
             values[reference] = _look_up(workflow, reference, documents, problems)
     names = [workflow.by_id(task_id).name for task_id in task.depends_on]
-    absent = [name for name in names if name not in documents]
-    problems += [f"dependency '{name}' has no stored result" for name in absent]
+    problems += [
+        f"dependency '{name}' has no stored result" for name in names if name not in documents
+    ]
     if problems:
         raise ContractError(problems, where=f"stage '{task.name}'")
     rendered: Any = render(task.document, values.__getitem__)
     if names:
         spec = rendered["spec"]
-        kept = spec.get(UPSTREAM_KEY) or {}
+        given = spec.get(UPSTREAM_KEY)
+        kept = given if isinstance(given, dict) else {}
         spec[UPSTREAM_KEY] = {**kept, **{name: documents[name] for name in names}}
     return dict(rendered)
 
@@ -466,9 +477,14 @@ def _look_up(
 ) -> object:
     if reference.path == "task_id":
         return workflow.by_name(reference.stage).task_id
+    if reference.stage not in documents:
+        problems.append(
+            f"Missing value for reference '{reference.text}':"
+            f" stage '{reference.stage}' has no stored result"
+        )
+        return None
     try:
-        # A stage without a result reads as null, so walk says which reference has no value.
-        return walk(documents.get(reference.stage), reference.path, reference=reference.text)
+        return walk(documents[reference.stage], reference.path, reference=reference.text)
     except ContractError as error:
         problems.extend(error.problems)
         return None

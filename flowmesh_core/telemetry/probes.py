@@ -117,7 +117,7 @@ class GpuReader:
     def _visible(self, gpus: list[Gpu | None], text: str) -> list[Gpu]:
         """Select as CUDA does: the first unknown entry ends the list, a repeated one empties it.
 
-        Source: CUDA C++ Programming Guide, environment variables, ``CUDA_VISIBLE_DEVICES``.
+        Source: CUDA C++ Programming Guide, ``CUDA_VISIBLE_DEVICES``; repeats as PyTorch reads them.
         """
         chosen: list[Gpu] = []
         for entry in text.split(","):

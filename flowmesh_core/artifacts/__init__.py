@@ -1,0 +1,1 @@
+"""Task folders, manifests, archives, and what is fetched or shipped."""

@@ -1,0 +1,105 @@
+"""``postprocess.jsonl_export``: write a result's items as JSON lines for a later stage.
+
+Source: the contract's selectors. Every value becomes text, and null becomes the empty text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flowmesh_core.artifacts.layout import Attempt, confine
+from flowmesh_core.contract import encode_json
+from flowmesh_core.errors import ArtifactError
+from flowmesh_core.specs import JsonlExport
+
+__all__ = ["write_jsonl_export"]
+
+_SOURCES = ("literal", "prompt", "output", "metadata", "item")
+
+
+def write_jsonl_export(
+    export: JsonlExport, items: Sequence[Mapping[str, Any]], attempt: Attempt
+) -> dict[str, Any]:
+    """Write the file into the attempt's folder.
+
+    Returns:
+        The block ``result.jsonl_export``, with paths as they are after the commit.
+
+    Raises:
+        ArtifactError: The path leaves the task's folder, or a required field is empty.
+    """
+    path = confine(attempt.folder, export.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for number, item in enumerate(items):
+            record = {name: _select(selector, item) for name, selector in export.fields.items()}
+            _check_required(export, record, number)
+            file.write(encode_json(record) + b"\n")
+    relative = path.relative_to(attempt.folder).as_posix()
+    final = str(attempt.final / relative)
+    return {
+        "path": final,
+        "worker_path": final,
+        "relative_path": relative,
+        "record_count": len(items),
+        "fields": list(export.fields),
+    }
+
+
+def _check_required(export: JsonlExport, record: Mapping[str, str], number: int) -> None:
+    empty = [name for name in export.required_fields if not record.get(name)]
+    if empty:
+        raise ArtifactError(
+            f"postprocess.jsonl_export: item {number} has no {', '.join(empty)}, "
+            "named in required_fields"
+        )
+
+
+def _select(selector: str | Mapping[str, Any], item: Mapping[str, Any]) -> str:
+    if isinstance(selector, str):
+        value = _select_by_text(selector, item)
+    else:
+        value = _select_by_object(selector, item)
+    return "" if value is None else value if isinstance(value, str) else _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    return encode_json(value).decode() if isinstance(value, (Mapping, list)) else str(value)
+
+
+def _select_by_text(selector: str, item: Mapping[str, Any]) -> Any:
+    if selector in ("prompt", "output"):
+        return _field(item, selector, None)
+    source, dot, key = selector.partition(".")
+    if dot and source in ("metadata", "item"):
+        return _field(item, source, key)
+    return selector
+
+
+def _select_by_object(selector: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
+    source = selector.get("from", selector.get("source", "literal"))
+    if source not in _SOURCES:
+        known = ", ".join(_SOURCES)
+        raise ArtifactError(
+            f"postprocess.jsonl_export: from must be one of {known}, got {source!r}"
+        )
+    if source == "literal":
+        value = selector.get("value", selector.get("literal"))
+    else:
+        value = _field(item, source, selector.get("key"))
+    if value in (None, "") and "fallback" in selector:
+        fallback = selector["fallback"]
+        simple = isinstance(fallback, str)
+        value = _select_by_text(fallback, item) if simple else _select_by_object(fallback, item)
+    return selector.get("default") if value in (None, "") else value
+
+
+def _field(item: Mapping[str, Any], source: str, key: str | None) -> Any:
+    metadata = item.get("metadata") or {}
+    if source == "prompt":
+        return metadata.get("prompt", item.get("prompt"))
+    if source == "output":
+        return item.get("output")
+    holder = metadata if source == "metadata" else item
+    return holder.get(key) if key else None

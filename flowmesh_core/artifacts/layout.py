@@ -1,0 +1,191 @@
+"""Task folders: the only place where text from the wire becomes a path.
+
+::
+
+    <results>/<task_id>/{responses.json, manifest.json, logs/, artifacts/, ...}
+    <results>/<task_id>/.attempt-<n>/    what an attempt writes, renamed up when it succeeds
+    <results>/.workers/<worker_id>/worker.log
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import attrs
+
+from flowmesh_core.contract import Destination, check_task_id
+from flowmesh_core.errors import ArtifactError, ContractError
+
+__all__ = ["MANIFEST_NAME", "RESULT_NAME", "Attempt", "TaskFolders", "confine"]
+
+RESULT_NAME = "responses.json"
+MANIFEST_NAME = "manifest.json"
+_ATTEMPT = re.compile(r"\.attempt-(\d+)\Z")
+# Present in every task folder, whatever the executor writes.
+_ALWAYS = ("logs", "artifacts")
+
+
+def confine(folder: Path, relative: str) -> Path:
+    """Return ``folder / relative``, which must stay inside the folder, links resolved.
+
+    Raises:
+        ArtifactError: It would leave the folder.
+    """
+    path = folder / relative
+    if not relative or "\0" in relative or not _is_within(path, folder):
+        raise ArtifactError(f"path {relative!r} must stay inside the task's folder")
+    return path
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    resolved, root = path.resolve(), folder.resolve()
+    return resolved == root or root in resolved.parents
+
+
+@attrs.frozen(kw_only=True)
+class Attempt:
+    """One attempt at a task.
+
+    Attributes:
+        number: From 1, one above the highest that left a folder behind.
+        folder: Where this attempt writes.
+        final: The task's folder, which gets the content on commit.
+        previous: What the latest earlier attempt left, or None.
+    """
+
+    task_id: str
+    number: int
+    folder: Path
+    final: Path
+    previous: Path | None = None
+
+    def write(self, name: str, content: bytes, *, fsync: bool = False) -> None:
+        """Write a file of the attempt's folder."""
+        # Raw descriptors: this runs twice per task and `open` costs a third more.
+        handle = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(handle, view) :]
+            if fsync:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def commit(self, *, fsync: bool = False) -> None:
+        """Rename the content up; ``responses.json`` comes last and so stands for a whole task."""
+        names = os.listdir(self.folder)  # noqa: PTH208 - names are what is needed
+        names.sort(key=lambda name: (name == RESULT_NAME, name))
+        for name in names:
+            _replace(self.folder / name, self.final / name)
+        self.folder.rmdir()
+        if self.number > 1:
+            _remove_attempts(self.final)
+        if fsync:
+            _sync_folder(self.final)
+
+
+def _replace(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)  # noqa: PTH105 - the hot path of every task
+    except OSError:
+        # A folder that an earlier run left cannot be renamed over.
+        if not target.is_dir() or target.is_symlink():
+            raise
+        shutil.rmtree(target)
+        source.replace(target)
+
+
+def _remove_attempts(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if _ATTEMPT.match(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class TaskFolders:
+    """Makes and finds task folders.
+
+    Args:
+        results_dir: ``RESULTS_DIR``; created when missing.
+        allowed_dirs: Further absolute folders that ``destination.path`` may name.
+    """
+
+    def __init__(self, results_dir: Path, allowed_dirs: Iterable[Path] = ()) -> None:
+        self.root = results_dir.expanduser().absolute()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ArtifactError(f"RESULTS_DIR {self.root} cannot be created: {exc}") from exc
+        self._allowed = (self.root, *allowed_dirs)
+
+    def task_folder(self, task_id: str, destination: Destination) -> Path:
+        """Return the folder of a task without creating it.
+
+        Raises:
+            ContractError: ``destination.path`` leaves the folders that the operator allows.
+        """
+        check_task_id(task_id)
+        if not destination.path or destination.type == "http":
+            return self.root / task_id
+        folder = self.root / destination.path
+        if folder.name != task_id:
+            folder = folder / task_id
+        if not any(_is_within(folder, allowed) for allowed in self._allowed):
+            raise ContractError(
+                f"spec.output.destination.path {destination.path!r} must lie in RESULTS_DIR or in "
+                "a folder of FLOWMESH_ALLOWED_DIRS",
+                where=f"task {task_id}",
+            )
+        return folder
+
+    def begin(self, task_id: str, destination: Destination) -> Attempt:
+        """Create the folder of a new attempt.
+
+        Raises:
+            ContractError: As ``task_folder``.
+            ArtifactError: It cannot be created.
+        """
+        final = self.task_folder(task_id, destination)
+        try:
+            number, previous = _next_attempt(final)
+            folder = final / f".attempt-{number}"
+            os.mkdir(folder)  # noqa: PTH102 - the hot path of every task
+            for name in _ALWAYS:
+                os.mkdir(folder / name)  # noqa: PTH102 - as above
+        except OSError as exc:
+            raise ArtifactError(f"task {task_id}: cannot create {final}: {exc}") from exc
+        return Attempt(
+            task_id=task_id, number=number, folder=folder, final=final, previous=previous
+        )
+
+    def worker_log(self, worker_id: str) -> Path:
+        """Return the worker's log file; its folder exists afterwards."""
+        folder = self.root / ".workers" / check_task_id(worker_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / "worker.log"
+
+
+def _next_attempt(final: Path) -> tuple[int, Path | None]:
+    """Make the task's folder; look for earlier attempts only when it was there already."""
+    try:
+        os.mkdir(final)  # noqa: PTH102 - the hot path of every task
+    except FileNotFoundError:
+        final.mkdir(parents=True)
+    except FileExistsError:
+        numbers = [int(m[1]) for e in final.iterdir() if (m := _ATTEMPT.match(e.name))]
+        if numbers:
+            return max(numbers) + 1, final / f".attempt-{max(numbers)}"
+        return 2, final
+    return 1, None

@@ -1,0 +1,54 @@
+"""Explain what is wrong with a workflow before anything is loaded or run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from flowmesh_core.contract import CommonSpec, describe_problems
+from flowmesh_core.errors import FlowmeshError
+from flowmesh_core.plugins import ExecutorRegistry, import_target
+from flowmesh_core.workflow import PlannedTask, Workflow
+
+__all__ = ["check_workflow"]
+
+
+def check_workflow(workflow: Workflow, registry: ExecutorRegistry) -> list[str]:
+    """Return every problem that can be seen without running, each with its stage.
+
+    Values that a stage takes from an earlier one (``${...}``) are left to the run.
+    """
+    problems: list[str] = []
+    for task in workflow.tasks:
+        where = f"stage {task.name!r}: " if task.name else ""
+        problems += [where + problem for problem in _check_task(task, registry)]
+    return problems
+
+
+def _check_task(task: PlannedTask, registry: ExecutorRegistry) -> list[str]:
+    spec = task.document.get("spec") or {}
+    problems = _check_model(CommonSpec, spec)
+    if problems:
+        return problems
+    common = CommonSpec.model_validate(spec)
+    if not common.task_type:
+        known = ", ".join(registry.task_types)
+        return [f"spec.taskType is required; known are {known}"]
+    try:
+        info = registry.resolve(
+            common.task_type, spec, enforce_cpu=common.enforce_cpu, executor=common.executor
+        )
+        model = import_target(info.spec) if info.spec else None
+    except FlowmeshError as exc:
+        return [str(exc)]
+    return _check_model(model, spec) if model else []
+
+
+def _check_model(model: Any, spec: Mapping[str, Any]) -> list[str]:
+    try:
+        model.model_validate(spec)
+    except ValidationError as exc:
+        return describe_problems(exc, prefix="spec", skip_placeholders=True)
+    return []

@@ -1,0 +1,95 @@
+"""``flowmesh plugins list`` and ``show``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # loaded when the command runs
+    from flowmesh_core.plugins import PluginReport
+
+__all__ = ["command"]
+
+
+@click.group("plugins")
+def command() -> None:
+    """Show which plugins and executors are installed."""
+
+
+@command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_plugins(as_json: bool) -> None:
+    """List every plugin with its state and what it serves."""
+    reports = _load()
+    if as_json:
+        click.echo(json.dumps([report.to_dict() for report in reports], indent=2))
+        return
+    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "STATE", "SERVES")]
+    rows += [_row(report) for report in reports]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)]
+        click.echo("  ".join([*cells, row[4]]).rstrip())
+
+
+@command.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(name: str, as_json: bool) -> None:
+    """Show all that the plugin NAME declares."""
+    from flowmesh_core.errors import PluginError
+
+    found = [report for report in _load() if report.name == name]
+    if not found:
+        known = ", ".join(sorted(report.name for report in _load()))
+        raise PluginError(f"plugin {name!r} is not installed; installed are {known}")
+    for report in found:
+        data = report.to_dict()
+        click.echo(json.dumps(data, indent=2) if as_json else "\n".join(_lines(data)))
+
+
+def _load() -> tuple[PluginReport, ...]:
+    # Listing must show what is broken, so it never stops at it and logs nothing beside the list.
+    import logging
+
+    import attrs
+
+    from flowmesh_core.config import load_settings
+    from flowmesh_core.plugins import load_plugins
+
+    logging.getLogger("flowmesh_core.plugins").setLevel(logging.CRITICAL)
+    settings = attrs.evolve(load_settings(), strict_plugins=False)
+    return load_plugins(settings).reports
+
+
+def _row(report: PluginReport) -> tuple[str, str, str, str, str]:
+    serves = "; ".join(
+        f"{info.name} ({', '.join(sorted(info.task_types))}){_lack(info)}"
+        for info in report.executors
+    )
+    state = report.state.value
+    return (report.name, report.distribution, report.version, state, serves or report.reason)
+
+
+def _lack(info: Any) -> str:
+    from flowmesh_core.plugins import is_importable
+
+    missing = [name for name in info.needs if not is_importable(name)]
+    return f" needs {', '.join(missing)}: {info.install}" if missing else ""
+
+
+def _lines(data: dict[str, Any]) -> list[str]:
+    executors = data.pop("executors")
+    lines = [f"{key}: {_cell(value)}" for key, value in data.items() if value not in ("", [])]
+    for info in executors:
+        lines.append("executor:")
+        lines += [
+            f"  {key}: {_cell(value)}" for key, value in info.items() if value not in ("", [])
+        ]
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

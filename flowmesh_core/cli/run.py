@@ -1,0 +1,136 @@
+"""``flowmesh run``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import click
+
+from flowmesh_core.cli.documents import read_document
+
+if TYPE_CHECKING:  # loaded when the command runs
+    from flowmesh_core.local_run import LocalRun, StageReport
+
+__all__ = ["command"]
+
+_SHOWN_ITEMS = 5
+_SHOWN_CHARS = 600
+
+
+@click.command("run")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--set", "assignments", multiple=True, metavar="PATH=VALUE", help="Change a value.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Where results are written.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.option(
+    "--plugin",
+    "plugin_files",
+    multiple=True,
+    metavar="FILE.py",
+    type=click.Path(path_type=Path),
+    help="Load a single-file plugin.",
+)
+def command(
+    file: Path,
+    assignments: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    plugin_files: tuple[Path, ...],
+) -> None:
+    """Run the workflow in FILE on this machine, with no service."""
+    from flowmesh_core.checking import check_workflow
+    from flowmesh_core.cli.progress import Progress
+    from flowmesh_core.config import load_settings
+    from flowmesh_core.errors import ContractError
+    from flowmesh_core.local_run import LocalRun, plan
+    from flowmesh_core.plugins import load_plugins
+
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
+    settings = load_settings(results_dir=out, transport="local", worker_id="local")
+    settings = attrs.evolve(settings, drain_timeout_s=0.0)
+    plugins = load_plugins(settings, files=plugin_files)
+    workflow = plan(read_document(file, assignments))
+    progress = Progress(workflow, quiet=as_json)
+    run = LocalRun(workflow, settings, plugins, on_event=progress.note)
+    problems = check_workflow(workflow, run.registry)
+    if problems:
+        raise ContractError(problems, where=str(file))
+    with progress:
+        reports, interrupted = asyncio.run(_run(run))
+    if as_json:
+        click.echo(json.dumps([_as_json(report) for report in reports], indent=2))
+    else:
+        _print(reports)
+    if interrupted:
+        raise SystemExit(130)
+    raise SystemExit(0 if all(report.ok for report in reports) else 1)
+
+
+async def _run(run: LocalRun) -> tuple[Sequence[StageReport], bool]:
+    loop = asyncio.get_running_loop()
+    interrupts = 0
+
+    def interrupt() -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:  # the first was asked for politely
+            sys.stderr.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        click.echo("stopping; once more to stop at once", err=True)
+        run.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    return await run.run(), interrupts > 0
+
+
+def _as_json(report: StageReport) -> dict[str, Any]:
+    data = attrs.asdict(report, recurse=False)
+    return {**data, "folder": str(report.folder) if report.folder else None}
+
+
+def _print(reports: Sequence[StageReport]) -> None:
+    for report in reports:
+        if report.ok:
+            _print_answers(report)
+        else:
+            click.echo(f"\n{report.name}: failed: {report.error}", err=True)
+    for report in reports:
+        if report.folder is not None:
+            click.echo(f"{report.name}: {report.folder}")
+
+
+def _print_answers(report: StageReport) -> None:
+    items = report.result.get("items")
+    click.echo(f"\n{report.name} ({report.runtime_s:.1f} s)")
+    if not isinstance(items, list):
+        click.echo(_short(json.dumps(report.result, ensure_ascii=False, indent=2)))
+        return
+    for item in items[:_SHOWN_ITEMS]:
+        if isinstance(item, dict) and "output" in item:
+            asked = (item.get("metadata") or {}).get("prompt", item.get("prompt", ""))
+            click.echo(f"  > {_short(' '.join(str(asked).split()), 100)}")
+            click.echo("    " + _short(str(item["output"]).strip()).replace("\n", "\n    "))
+        else:
+            click.echo(f"  {_short(json.dumps(item, ensure_ascii=False))}")
+    if len(items) > _SHOWN_ITEMS:
+        click.echo(f"  ... and {len(items) - _SHOWN_ITEMS} more in responses.json")
+
+
+def _short(text: str, most: int = _SHOWN_CHARS) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,0 +1,67 @@
+"""``flowmesh worker``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import logging.handlers
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:  # loaded when the command runs
+    from flowmesh_core.config import Settings
+    from flowmesh_core.worker import Worker
+
+__all__ = ["command"]
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+@click.command("worker")
+@click.option(
+    "--plugin",
+    "plugin_files",
+    multiple=True,
+    metavar="FILE.py",
+    type=click.Path(path_type=Path),
+    help="Load a single-file plugin.",
+)
+@click.option("--no-plugin", "without", multiple=True, metavar="NAME", help="Leave a plugin out.")
+def command(plugin_files: tuple[Path, ...], without: tuple[str, ...]) -> None:
+    """Take tasks from the queue until stopped; variables configure it (REDIS_URL, RESULTS_DIR...).
+
+    SIGTERM and SIGINT let running tasks end and unregister the worker; a second one cancels them.
+    """
+    import attrs
+
+    from flowmesh_core.config import load_settings
+    from flowmesh_core.plugins import load_plugins
+    from flowmesh_core.worker import Worker
+
+    settings = load_settings()
+    settings = attrs.evolve(settings, disable_plugins=(*settings.disable_plugins, *without))
+    logging.basicConfig(level=settings.log_level, format=_FORMAT)
+    plugins = load_plugins(settings, files=plugin_files)
+    worker = Worker(settings, plugins=plugins)
+    _log_to_file(settings, worker.folders.worker_log(settings.worker_id))
+    asyncio.run(_work(worker))
+
+
+def _log_to_file(settings: Settings, path: Path) -> None:
+    handler = logging.handlers.RotatingFileHandler(
+        path, maxBytes=settings.log_max_bytes, backupCount=settings.log_backups, encoding="utf-8"
+    )
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger().addHandler(handler)
+
+
+async def _work(worker: Worker) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    types = ", ".join(worker.registry.task_types)
+    click.echo(f"worker {worker.settings.worker_id} serves {types}", err=True)
+    await worker.run()

@@ -1,0 +1,66 @@
+"""Keeps secrets out of results, events and logs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["SecretMask", "mask_sensitive"]
+
+_SENSITIVE = re.compile(r"(authorization|cookie|passw|secret|token$|api[_-]?key)", re.IGNORECASE)
+_MASKED = "***"
+
+
+class SecretMask:
+    """Puts the name back where the value of a secret appears.
+
+    Args:
+        secrets: Value of each variable that the task's document named; short ones are kept too,
+            since the document's author chose to call them secrets.
+    """
+
+    def __init__(self, secrets: Mapping[str, str]) -> None:
+        # Longest first: one secret may contain another.
+        ordered = sorted(secrets.items(), key=lambda item: -len(item[1]))
+        self._names = {value: f"${{env.{name}}}" for name, value in ordered if value}
+        self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
+
+    def text(self, text: str) -> str:
+        """Return the text without secrets."""
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda match: self._names[match[0]], text)
+
+    def value(self, value: Any) -> Any:
+        """Return JSON data without secrets; the same object when there are none to look for."""
+        if self._pattern is None:
+            return value
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {self.value(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.value(item) for item in value]
+        return value
+
+
+def mask_sensitive(value: Any) -> Any:
+    """Return JSON data in which headers, keys and passwords are ``***``, told by their names.
+
+    A reference such as ``${env.TOKEN}`` stays: it is a name, not a value.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: _MASKED if _is_secret(key, item) else mask_sensitive(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [mask_sensitive(item) for item in value]
+    return value
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    if not isinstance(value, str) or value.startswith("${"):
+        return False
+    return isinstance(key, str) and _SENSITIVE.search(key) is not None

@@ -1,0 +1,1 @@
+"""Where an executor runs: one driver per name in ``ExecutorInfo.places``."""

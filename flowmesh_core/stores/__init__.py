@@ -1,0 +1,1 @@
+"""Where results and artifacts go: one driver per ``spec.output.destination.type``."""

@@ -1,0 +1,370 @@
+"""The transport of the earlier orchestrator: Redis pub/sub, a worker hash and a heartbeat key.
+
+Source: the contract's Redis wire. Pub/sub delivers at most once, so what can be done is done: the
+worker subscribes before it announces itself, subscribes again after a lost connection, and a
+thread that owns all writing repeats what did not get through and puts back a registration that
+somebody flushed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import redis
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+
+from flowmesh_core.config import Settings
+from flowmesh_core.contract import (
+    TASK_EVENTS_CHANNEL,
+    TASK_PROGRESS_CHANNEL,
+    WORKER_EVENTS_CHANNEL,
+    encode_json,
+    utc_now,
+)
+from flowmesh_core.errors import TransportError
+from flowmesh_core.events import (
+    HEARTBEAT,
+    REGISTER,
+    STATUS,
+    TASK_PROGRESS,
+    UNREGISTER,
+    TaskEvent,
+    WorkerEvent,
+)
+from flowmesh_core.transports.base import Delivery, Transport
+
+__all__ = ["RedisPubSubTransport"]
+
+_log = logging.getLogger(__name__)
+_WORKER_IDS = "workers:ids"
+_POLL_S = 0.5
+_CHECK_INTERVAL_S = 5.0
+_SOCKET_TIMEOUT_S = 10.0
+_BATCH = 256
+_LONGEST_PAUSE_S = 5.0
+
+Event = TaskEvent | WorkerEvent
+
+
+def _connect(settings: Settings) -> redis.Redis:
+    return redis.Redis.from_url(
+        settings.redis_url,
+        socket_timeout=_SOCKET_TIMEOUT_S,
+        socket_connect_timeout=_SOCKET_TIMEOUT_S,
+        socket_keepalive=True,
+        health_check_interval=30,
+    )
+
+
+class _Backoff:
+    """Growing pauses between tries, ended early when the transport closes."""
+
+    def __init__(self, closed: threading.Event) -> None:
+        self._closed = closed
+        self._tries = 0
+
+    def reset(self) -> None:
+        self._tries = 0
+
+    def wait(self) -> None:
+        pause_s = min(_LONGEST_PAUSE_S, 0.1 * 2**self._tries) * random.uniform(0.7, 1.0)  # noqa: S311 - jitter
+        self._tries = min(self._tries + 1, 10)
+        self._closed.wait(pause_s)
+
+
+class _Registration:
+    """What this worker last said of itself, and the commands that say it (again)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.worker_id = settings.worker_id
+        self.key = f"worker:{settings.worker_id}"
+        self._ttl_s = settings.heartbeat_ttl_s
+        self._register: WorkerEvent | None = None
+        self._status: WorkerEvent | None = None
+        self._beaten = False
+        self._status_since = 0.0
+
+    @property
+    def active(self) -> bool:
+        return self._register is not None
+
+    def apply(self, pipe: Any, event: Event) -> None:
+        """Queue the commands of one event, as one block of the transaction."""
+        if isinstance(event, TaskEvent):
+            channel = TASK_EVENTS_CHANNEL
+            if event.type == TASK_PROGRESS:
+                channel = TASK_PROGRESS_CHANNEL.format(task_id=event.task_id)
+            pipe.publish(channel, event.to_json())
+            return
+        if event.type == REGISTER:
+            self._register, self._status = event, None
+            self._write_registration(pipe)
+        elif event.type == STATUS:
+            self._status, self._status_since = event, time.monotonic()
+            self._write_status(pipe, event)
+        elif event.type == HEARTBEAT:
+            self._beaten = True
+            pipe.setex(f"{self.key}:hb", self._ttl_s, event.ts)
+            pipe.hset(self.key, "last_seen", event.ts)
+        elif event.type == UNREGISTER:
+            self._register = self._status = None
+            pipe.srem(_WORKER_IDS, self.worker_id)
+            pipe.delete(self.key, f"{self.key}:hb")
+        pipe.publish(WORKER_EVENTS_CHANNEL, event.to_json())
+
+    def _write_registration(self, pipe: Any) -> None:
+        event = self._register
+        if event is None:
+            return
+        payload = event.payload
+        pipe.sadd(_WORKER_IDS, self.worker_id)
+        pipe.hset(
+            self.key,
+            mapping={
+                "worker_id": self.worker_id,
+                "status": event.status or "STARTING",
+                "started_at": payload.get("started_at", event.ts),
+                "last_seen": utc_now(),
+                "pid": str(payload.get("pid", "")),
+                "env_json": encode_json(payload.get("env", {})),
+                "hardware_json": encode_json(payload.get("hardware", {})),
+                "tags_json": encode_json(event.tags or []),
+                "cost_per_hour": str(payload.get("cost_per_hour", "")),
+            },
+        )
+
+    def _write_status(self, pipe: Any, event: WorkerEvent) -> None:
+        extras = {f"extra_{key}": str(value) for key, value in event.payload.items()}
+        fields = {"status": event.status or "", "last_seen": event.ts, **extras}
+        pipe.hset(self.key, mapping=fields)
+
+    def heal(self, client: redis.Redis) -> None:
+        """Put back what somebody flushed, and a status that somebody else overwrote.
+
+        The earlier orchestrator writes RUNNING after it has published a task. When that lands
+        behind a fast task's IDLE, or the task never arrived, nobody but the worker can mend it.
+        """
+        if self._register is None:
+            return
+        with client.pipeline(transaction=False) as pipe:
+            pipe.sismember(_WORKER_IDS, self.worker_id)
+            pipe.hmget(self.key, "worker_id", "status")
+            member, (known, status) = pipe.execute()
+        ours = self._status.status if self._status else None
+        if not member or known is None:
+            self._register_again(client)
+        elif ours and status != ours.encode() and self._settled():
+            _log.warning(
+                "worker %s: status is %s, not %s; writing it again", self.worker_id, status, ours
+            )
+            self._repeat_status(client)
+
+    def _settled(self) -> bool:
+        return time.monotonic() - self._status_since > _CHECK_INTERVAL_S
+
+    def _register_again(self, client: redis.Redis) -> None:
+        _log.warning("worker %s is not registered any more; registering again", self.worker_id)
+        register, status = self._register, self._status
+        with client.pipeline() as pipe:
+            if register is not None:
+                self.apply(pipe, register.model_copy(update={"ts": utc_now()}))
+            if status is not None:
+                self.apply(pipe, status.model_copy(update={"ts": utc_now()}))
+            if self._beaten:
+                pipe.setex(f"{self.key}:hb", self._ttl_s, utc_now())
+            pipe.execute()
+
+    def _repeat_status(self, client: redis.Redis) -> None:
+        if self._status is None:
+            return
+        with client.pipeline() as pipe:
+            self.apply(pipe, self._status.model_copy(update={"ts": utc_now()}))
+            pipe.execute()
+
+
+class _Publisher:
+    """The thread that owns all writing: events in order, each repeated until Redis took it."""
+
+    def __init__(self, settings: Settings, closed: threading.Event) -> None:
+        self._settings = settings
+        self._closed = closed
+        self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
+        self._registration = _Registration(settings)
+        self._thread = threading.Thread(target=self._run, name="flowmesh-publisher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, item: Event | threading.Event) -> None:
+        self._queue.put(item)
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        client = _connect(self._settings)
+        due = time.monotonic() + _CHECK_INTERVAL_S
+        try:
+            while not self._closed.is_set():
+                batch = self._take(max(0.0, min(due - time.monotonic(), _POLL_S)))
+                self._repeat(lambda batch=batch: self._write(client, batch), bool(batch))  # type: ignore[misc]
+                if time.monotonic() >= due:
+                    self._repeat(lambda: self._registration.heal(client), False)
+                    due = time.monotonic() + _CHECK_INTERVAL_S
+        finally:
+            client.close()
+
+    def _take(self, timeout_s: float) -> list[Event | threading.Event]:
+        batch: list[Event | threading.Event] = []
+        try:
+            batch.append(self._queue.get(timeout=timeout_s))
+            while len(batch) < _BATCH:
+                batch.append(self._queue.get_nowait())
+        except queue.Empty:
+            pass
+        return batch
+
+    def _write(self, client: redis.Redis, batch: Sequence[Event | threading.Event]) -> None:
+        events = [item for item in batch if not isinstance(item, threading.Event)]
+        if events:
+            with client.pipeline() as pipe:
+                for event in events:
+                    self._registration.apply(pipe, event)
+                pipe.execute()
+        for item in batch:
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _repeat(self, write: Callable[[], None], must: bool) -> None:
+        backoff = _Backoff(self._closed)
+        while not self._closed.is_set():
+            try:
+                return write()
+            except (RedisError, OSError) as exc:
+                if not must:
+                    return _log.debug("redis check failed: %s", exc)
+                _log.warning("cannot write to redis, trying again: %s", exc)
+                backoff.wait()
+        return None
+
+
+class _Subscriber:
+    """The thread that listens on the task channel and hands messages to the event loop."""
+
+    def __init__(
+        self, settings: Settings, closed: threading.Event, deliver: Callable[[bytes], None]
+    ) -> None:
+        self._settings = settings
+        self._closed = closed
+        self._deliver = deliver
+        self._subscribed = threading.Event()
+        self._failure: TransportError | None = None
+        # A message that does not contain this id cannot be for this worker: skipped unparsed.
+        self._needle = encode_json(settings.worker_id).strip(b'"')
+        self._thread = threading.Thread(target=self._run, name="flowmesh-subscriber", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_subscribed(self) -> None:
+        """Block until subscribed, or raise what makes that impossible."""
+        self._subscribed.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        backoff = _Backoff(self._closed)
+        while not self._closed.is_set():
+            try:
+                with _connect(self._settings) as client, client.pubsub() as pubsub:
+                    self._listen(pubsub, backoff)
+            except (AuthenticationError, AuthorizationError) as exc:
+                if self._subscribed.is_set():
+                    _log.error("redis refuses this worker, trying again: %s", exc)
+                else:
+                    return self._give_up(exc)
+            except (RedisError, OSError) as exc:
+                _log.warning("cannot listen on redis, trying again: %s", exc)
+            backoff.wait()
+        self._subscribed.set()
+        return None
+
+    def _give_up(self, exc: Exception) -> None:
+        self._failure = TransportError(f"redis refuses REDIS_URL's credentials: {exc}")
+        self._subscribed.set()
+
+    def _listen(self, pubsub: Any, backoff: _Backoff) -> None:
+        pubsub.subscribe(self._settings.task_topic)
+        while not self._closed.is_set():
+            message = pubsub.get_message(timeout=_POLL_S)
+            if message is None:
+                continue
+            if message["type"] == "subscribe":
+                self._subscribed.set()
+                backoff.reset()
+            elif message["type"] == "message" and self._needle in message["data"]:
+                self._deliver(message["data"])
+
+
+class RedisPubSubTransport(Transport):
+    """Redis pub/sub as the earlier orchestrator speaks it."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._closed = threading.Event()
+        self._publisher = _Publisher(settings, self._closed)
+        self._subscriber = _Subscriber(settings, self._closed, self._hand_over)
+        self._queue: asyncio.Queue[Delivery | None] = asyncio.Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def open(self) -> None:
+        """Start both threads and wait for the subscription."""
+        self._loop = asyncio.get_running_loop()
+        self._publisher.start()
+        self._subscriber.start()
+        await asyncio.to_thread(self._subscriber.wait_subscribed)
+
+    def _hand_over(self, body: bytes) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, Delivery(body))
+
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        """Yield the messages that may be for this worker."""
+        while (delivery := await self._queue.get()) is not None:
+            yield delivery
+
+    def stop_receiving(self) -> None:
+        """End ``deliveries``."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
+
+    def send(self, event: Event) -> None:
+        """Queue an event for the publisher."""
+        self._publisher.put(event)
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until the publisher has written all that was queued before."""
+        written = threading.Event()
+        self._publisher.put(written)
+        return await asyncio.to_thread(written.wait, timeout_s)
+
+    async def close(self) -> None:
+        """Stop both threads."""
+        self._closed.set()
+        await asyncio.to_thread(self._join)
+
+    def _join(self) -> None:
+        self._subscriber.join(2 * _POLL_S + 1)
+        self._publisher.join(2 * _POLL_S + 1)
