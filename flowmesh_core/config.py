@@ -171,6 +171,7 @@ class Settings:
     # Results and logs.
     results_dir: Path = _var("RESULTS_DIR", _folder, factory=_default_results_dir)
     allowed_dirs: tuple[Path, ...] = _var("FLOWMESH_ALLOWED_DIRS", _folders, ())
+    hub_offline: bool = _var("HF_HUB_OFFLINE", _flag, False)
     trust_remote_code: bool = _var("FLOWMESH_TRUST_REMOTE_CODE", _flag, False)
     fsync: bool = _var("FLOWMESH_FSYNC", _flag, False)
     log_level: str = _var("LOG_LEVEL", _log_level, "INFO")
@@ -183,8 +184,6 @@ class Settings:
     executor_preferences: Mapping[str, tuple[str, ...]] = _var(
         "FLOWMESH_PREFER", _preferences, factory=dict
     )
-    hf_model: str | None = _var("HF_MODEL", _text)
-    vllm_model: str | None = _var("VLLM_MODEL", _text)
     # Orchestrator, secrets, network policy.
     orchestrator_base_url: str | None = _var("ORCHESTRATOR_BASE_URL", _http_url)
     orchestrator_token: str | None = attrs.field(

@@ -70,6 +70,7 @@ class ExecutorInfo:
         engine_key: Paths into ``spec``; tasks that agree on them share a loaded engine.
         group_key: Paths into ``spec``; tasks that agree on them may run as one group.
         model_formats: ``gguf``, ``hf``: what it loads; empty means it loads no model.
+        default_model: Environment variable that names the model of tasks that name none.
         variables: Environment variables that its child process keeps.
         priority: Rank among executors of one task type; higher is preferred.
     """
@@ -90,6 +91,7 @@ class ExecutorInfo:
     engine_key: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     group_key: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     model_formats: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    default_model: str = ""
     variables: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     priority: int = 0
 

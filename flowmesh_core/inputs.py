@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -18,7 +18,7 @@ from flowmesh_core.checkpoints import (
     resolve_adapters,
     resolve_checkpoint,
 )
-from flowmesh_core.errors import FlowmeshError, InputError
+from flowmesh_core.errors import FlowmeshError, InputError, PluginError
 from flowmesh_core.models import (
     InputOptions,
     ModelRef,
@@ -29,7 +29,10 @@ from flowmesh_core.models import (
 from flowmesh_core.rows import Row, RowSource
 
 if TYPE_CHECKING:  # pydantic would cost `flowmesh plugins list` its start time
+    from pydantic import BaseModel
+
     from flowmesh_core.contract import Task
+    from flowmesh_core.specs import Model
 
 __all__ = [
     "AdapterRef",
@@ -47,6 +50,8 @@ __all__ = [
     "resolve_model",
 ]
 
+ModelT = TypeVar("ModelT", bound="BaseModel")
+
 
 @attrs.frozen(kw_only=True)
 class Inputs:
@@ -61,7 +66,7 @@ class Inputs:
     rows: RowSource | None = None
     model: ModelRef | None = None
     checkpoint: Path | None = None
-    adapters: tuple[AdapterRef, ...] = attrs.field(default=(), converter=tuple)
+    adapters: tuple[AdapterRef, ...] = ()
     upstream: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +86,7 @@ class Inputs:
             rows=data["rows"] and RowSource.from_dict(data["rows"]),
             model=data["model"] and ModelRef.from_dict(data["model"]),
             checkpoint=data["checkpoint"] and Path(data["checkpoint"]),
-            adapters=[AdapterRef.from_dict(adapter) for adapter in data["adapters"]],
+            adapters=tuple(map(AdapterRef.from_dict, data["adapters"])),
             upstream=data["upstream"],
         )
 
@@ -113,6 +118,7 @@ def resolve_inputs(
 
     Raises:
         InputError: Naming the task and everything that could not be gathered.
+        PluginError: The executor wants something that is no input.
     """
     options = InputOptions(
         hub_cache=hub_cache_folder({}) if hub_cache is None else hub_cache,
@@ -122,15 +128,83 @@ def resolve_inputs(
         kinds=sources or {},
     )
     gathering = _Gathering(task=task, fetcher=fetcher, folder=folder / ".inputs", options=options)
-    found, problems = {}, []
+    unknown = set(wanted) - _GATHERED.keys()
+    if unknown:
+        raise PluginError(f"inputs must be of {', '.join(_GATHERED)}, got {', '.join(unknown)}")
+    found: dict[str, Any] = {}
+    problems: dict[str, FlowmeshError] = {}
     for name in sorted(wanted):
         try:
-            found[name] = getattr(gathering, name)()
+            found[name] = _GATHERED[name][1](gathering)
         except FlowmeshError as exc:
-            problems.append(exc)
+            problems[name] = exc
     if problems:
+        texts = dict.fromkeys(_described(name, problem) for name, problem in problems.items())
         raise InputError(
-            f"task {task.task_id}: {'; '.join(map(str, problems))}",
-            retriable=all(problem.retriable for problem in problems),
-        ) from problems[0]
+            f"task {task.task_id}: {'; '.join(texts)}",
+            retriable=all(problem.retriable for problem in problems.values()),
+        ) from next(iter(problems.values()))
     return Inputs(upstream=task.common.upstream, **found)
+
+
+@attrs.frozen(kw_only=True)
+class _Gathering:
+    """One task's inputs being gathered: a method for each thing that an executor may want."""
+
+    task: Task
+    fetcher: Fetcher
+    folder: Path
+    options: InputOptions
+
+    def rows(self) -> RowSource | None:
+        from flowmesh_core.data import resolve_rows  # noqa: PLC0415 - see the import block
+
+        return resolve_rows(
+            self.task,
+            self.fetcher,
+            folder=self.folder,
+            trust_remote_code=self.options.trust_remote_code,
+        )
+
+    def model(self) -> ModelRef:
+        source = self._model_block().source
+        return resolve_model(source, self.fetcher, folder=self.folder, options=self.options)
+
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        adapters = self._model_block().adapters
+        return resolve_adapters(adapters, self.fetcher, folder=self.folder)
+
+    def checkpoint(self) -> Path | None:
+        from flowmesh_core.specs import Checkpoint  # noqa: PLC0415 - see the import block
+
+        load = self._block("checkpoint", Checkpoint).load
+        if load is None:
+            return None
+        return resolve_checkpoint(load, self.fetcher, folder=self.folder)
+
+    def _model_block(self) -> Model:
+        from flowmesh_core.specs import Model  # noqa: PLC0415 - see the import block
+
+        return self._block("model", Model)
+
+    def _block(self, name: str, model: type[ModelT]) -> ModelT:
+        from flowmesh_core.contract import validate_model  # noqa: PLC0415 - see the import block
+
+        block = self.task.spec.get(name)
+        return validate_model(
+            model, {} if block is None else block, where="", prefix=f"spec.{name}"
+        )
+
+
+# What an executor may want: the field that messages name, and how it is gathered.
+_GATHERED: Mapping[str, tuple[str, Callable[[_Gathering], Any]]] = {
+    "adapters": ("spec.model.adapters", _Gathering.adapters),
+    "checkpoint": ("spec.checkpoint.load", _Gathering.checkpoint),
+    "model": ("spec.model.source", _Gathering.model),
+    "rows": ("spec.data", _Gathering.rows),
+}
+
+
+def _described(name: str, problem: FlowmeshError) -> str:
+    text = str(problem)
+    return text if text.startswith("spec.") else f"{_GATHERED[name][0]}: {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -260,11 +261,10 @@ def _hub_file(
 
 
 def _hub_library_file(hub_id: str, file: str, revision: str, options: InputOptions) -> Path:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - an optional and slow import
-
+    library: Any = importlib.import_module("huggingface_hub")
     try:
         return Path(
-            hf_hub_download(
+            library.hf_hub_download(
                 hub_id,
                 file,
                 revision=revision,

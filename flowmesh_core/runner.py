@@ -25,7 +25,7 @@ from flowmesh_core.errors import (
     PluginError,
 )
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
-from flowmesh_core.inputs import Inputs, resolve_inputs
+from flowmesh_core.inputs import Inputs, hub_cache_folder, resolve_inputs
 from flowmesh_core.masking import SecretMask
 from flowmesh_core.places.base import Place
 from flowmesh_core.plugins import ExecutorRegistry, Plugins, import_target, load_driver
@@ -180,6 +180,7 @@ class Runner:
         if not info.inputs:
             return Inputs()
         task = attrs.evolve(run.task, spec=spec)
+        environ = read_environment()
         return await asyncio.to_thread(
             resolve_inputs,
             task,
@@ -188,6 +189,9 @@ class Runner:
             folder=run.attempt.folder,
             sources=self._plugins.model_sources(),
             trust_remote_code=self._settings.trust_remote_code,
+            default_identifier=environ.get(info.default_model) if info.default_model else None,
+            hub_cache=hub_cache_folder(environ),
+            offline=self._settings.hub_offline,
         )
 
     def _context(self, run: _Run, info: ExecutorInfo, spec: Any, inputs: Inputs) -> RunContext:

@@ -238,7 +238,7 @@ class Worker:
                     await self._artifacts.deliver(envelope.task, result)
                 except FlowmeshError as exc:
                     self._end(report, exc, result if isinstance(exc, UploadError) else None)
-                except Exception as exc:
+                except Exception as exc:  # noqa: BLE001 - nothing that arrives ends the worker
                     _log.exception("task %s: unexpected failure", envelope.task.task_id)
                     self._end(report, ExecutionError(f"{type(exc).__name__}: {exc}"), None)
                 else:

@@ -81,7 +81,10 @@ class Attempt:
         names = os.listdir(self.folder)  # noqa: PTH208 - names are what is needed
         names.sort(key=lambda name: (name == RESULT_NAME, name))
         for name in names:
-            _replace(self.folder / name, self.final / name)
+            if name.startswith("."):
+                shutil.rmtree(self.folder / name)  # what was fetched for this attempt only
+            else:
+                _replace(self.folder / name, self.final / name)
         self.folder.rmdir()
         if self.number > 1:
             _remove_attempts(self.final)

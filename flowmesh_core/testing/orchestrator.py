@@ -169,6 +169,11 @@ class StandInOrchestrator:
             self._tasks.add(record)
         return record.task_id
 
+    def submit_together(self, documents: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Queue documents before any of them can be dispatched, so that equal ones merge."""
+        with self._lock:
+            return [self.submit(document) for document in documents]
+
     def submit_pipeline(
         self, stages: Iterable[Mapping[str, Any]], base: Mapping[str, Any] = PIPELINE
     ) -> dict[str, str]:

