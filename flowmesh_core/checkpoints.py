@@ -241,9 +241,12 @@ def _enter(path: Path, origin: Origin, fetcher: Fetcher, folder: Path) -> Path:
 
 def _in_task(task: Path, origin: Origin) -> Path | None:
     """Find the weights in a task's folder; the folder itself is never taken for them."""
-    named = origin.filename and _inside(task, origin.filename, field="filename")
-    if named:
-        return named
+    if origin.filename:
+        name = check_relative(origin.filename, field="filename")
+        suffix = next(filter(name.endswith, _ARCHIVE_SUFFIXES), "")
+        named = _either_form(task, name.removesuffix(suffix))
+        if named is not None:
+            return named
     found = list(filter(None, (_either_form(task, name) for name in origin.names)))
     if len(found) > 1:
         held = " and ".join(str(path.relative_to(task)) for path in found)

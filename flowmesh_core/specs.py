@@ -193,6 +193,10 @@ class InferenceParams(StrictBlock):
         return self.temperature == 0 or self.do_sample is False
 
 
+def _prompt_and_output() -> dict[str, str | dict[str, Any]]:
+    return {"prompt": "prompt", "output": "output"}
+
+
 class JsonlExport(StrictBlock):
     """``postprocess.jsonl_export``: write the items as JSON lines.
 
@@ -203,7 +207,7 @@ class JsonlExport(StrictBlock):
 
     path: str
     fields: dict[str, str | dict[str, Any]] = Field(
-        default_factory=lambda: {"prompt": "prompt", "output": "output"}
+        default_factory=_prompt_and_output
     )
     required_fields: list[str] = Field(default_factory=list)
 

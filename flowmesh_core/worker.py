@@ -63,6 +63,7 @@ __all__ = ["Worker"]
 
 _log = logging.getLogger(__name__)
 _FLUSH_S = 10.0
+_PROBE_S = 20.0
 
 
 @attrs.define(eq=False)
@@ -122,6 +123,7 @@ class Worker:
         self._ledger = TaskLedger()
         self._handling: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._hurry = asyncio.Event()
         self._started = time.monotonic()
         self._started_at = utc_now()
         self._status = "IDLE"
@@ -144,7 +146,9 @@ class Worker:
             self.settings,
             self.plugins,
             self.registry,
-            Fetcher(NetworkPolicy.from_settings(self.settings), self.folders.root),
+            Fetcher(
+                policy=NetworkPolicy.from_settings(self.settings), results_dir=self.folders.root
+            ),
             devices=self._devices,
             on_progress=self._progress,
         )
@@ -152,7 +156,7 @@ class Worker:
             # Subscribed first, announced second: nothing dispatched to us can be missed.
             await self.transport.open()
             self._power.start()
-            self._register()
+            self._register(await self._probe())
             self._heartbeat.start()
             async for delivery in self.transport.deliveries():
                 self._receive(delivery)
@@ -161,7 +165,12 @@ class Worker:
             await self._leave()
 
     def stop(self) -> None:
-        """Stop taking tasks; ``run`` returns when those in hand have ended."""
+        """Stop taking tasks; ``run`` returns when those in hand have ended.
+
+        A second call does not wait for them: they are cancelled.
+        """
+        if self._draining:
+            self._hurry.set()
         self._draining = True
         self.transport.stop_receiving()
 
@@ -352,13 +361,23 @@ class Worker:
 
     # Say who and how we are.
 
-    def _register(self) -> None:
+    async def _probe(self) -> Mapping[str, Any]:
+        """Describe the machine; a driver that hangs costs the description, not the start."""
+        probing = asyncio.to_thread(
+            probe_hardware,
+            network_bandwidth_bytes_per_s=self.settings.network_bandwidth_bytes_per_s,
+            visible_devices=self.settings.visible_devices,
+        )
+        try:
+            return await asyncio.wait_for(probing, _PROBE_S)
+        except asyncio.TimeoutError:
+            _log.error("the hardware did not answer within %g s; registering without it", _PROBE_S)
+            return {}
+
+    def _register(self, hardware: Mapping[str, Any]) -> None:
         payload = {
             "env": {},
-            "hardware": probe_hardware(
-                network_bandwidth_bytes_per_s=self.settings.network_bandwidth_bytes_per_s,
-                visible_devices=self.settings.visible_devices,
-            ),
+            "hardware": hardware,
             "cost_per_hour": self.settings.cost_per_hour,
             "power_metrics": self._power.latest(),
             "started_at": self._started_at,
@@ -412,13 +431,20 @@ class Worker:
 
     async def _drain(self) -> None:
         """Let running tasks end, then cancel what is left."""
-        if self._handling:
-            _log.info("draining: %d tasks in hand", len(self._handling))
-            await asyncio.wait(self._handling, timeout=self.settings.drain_timeout_s)
+        if not self._handling:
+            return
+        _log.info("draining: %d tasks in hand", len(self._handling))
+        ended = asyncio.gather(*self._handling, return_exceptions=True)
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait(
+            {ended, hurry},
+            timeout=self.settings.drain_timeout_s,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        hurry.cancel()
         for task_id in self._ledger.held:
-            self._runner.cancel(task_id, "the worker is stopping")
-        if self._handling:
-            await asyncio.wait(self._handling)
+            self._runner.cancel(task_id, "the worker is stopping", retriable=True)
+        await ended
 
     async def _leave(self) -> None:
         self._heartbeat.stop()

@@ -3,14 +3,15 @@
 ::
 
     <results>/<task_id>/{responses.json, manifest.json, logs/, artifacts/, ...}
-    <results>/<task_id>/.attempt-<n>/    what an attempt writes, renamed up when it succeeds
+    <results>/.<task_id>.attempt-<n>/    what an attempt writes; renamed when it succeeds
     <results>/.workers/<worker_id>/worker.log
+
+A task's folder appears by one rename, so that it is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,6 @@ __all__ = ["MANIFEST_NAME", "RESULT_NAME", "Attempt", "TaskFolders", "confine"]
 
 RESULT_NAME = "responses.json"
 MANIFEST_NAME = "manifest.json"
-_ATTEMPT = re.compile(r"\.attempt-(\d+)\Z")
 # Present in every task folder, whatever the executor writes.
 _ALWAYS = ("logs", "artifacts")
 
@@ -77,36 +77,31 @@ class Attempt:
             os.close(handle)
 
     def commit(self, *, fsync: bool = False) -> None:
-        """Rename the content up; ``responses.json`` comes last and so stands for a whole task."""
-        names = os.listdir(self.folder)  # noqa: PTH208 - names are what is needed
-        names.sort(key=lambda name: (name == RESULT_NAME, name))
-        for name in names:
+        """Rename the attempt to the task's folder, replacing what an earlier run left there."""
+        for name in os.listdir(self.folder):  # noqa: PTH208 - the hot path of every task
             if name.startswith("."):
-                shutil.rmtree(self.folder / name)  # what was fetched for this attempt only
-            else:
-                _replace(self.folder / name, self.final / name)
-        self.folder.rmdir()
-        if self.number > 1:
-            _remove_attempts(self.final)
+                shutil.rmtree(self.folder / name)  # fetched for this attempt only
+        try:
+            os.rename(self.folder, self.final)  # noqa: PTH104 - as above
+        except OSError:
+            if not self.final.is_dir():
+                raise
+            self._replace_final()
+        for number in range(1, self.number):
+            shutil.rmtree(_attempt_folder(self.final, number), ignore_errors=True)
         if fsync:
-            _sync_folder(self.final)
+            _sync_folder(self.final.parent)
+
+    def _replace_final(self) -> None:
+        aside = self.final.with_name(f".{self.task_id}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.final.rename(aside)
+        self.folder.rename(self.final)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _replace(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)  # noqa: PTH105 - the hot path of every task
-    except OSError:
-        # A folder that an earlier run left cannot be renamed over.
-        if not target.is_dir() or target.is_symlink():
-            raise
-        shutil.rmtree(target)
-        source.replace(target)
-
-
-def _remove_attempts(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if _ATTEMPT.match(entry.name):
-            shutil.rmtree(entry, ignore_errors=True)
+def _attempt_folder(final: Path, number: int) -> Path:
+    return final.with_name(f".{final.name}.attempt-{number}")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -163,10 +158,10 @@ class TaskFolders:
         final = self.task_folder(task_id, destination)
         try:
             number, previous = _next_attempt(final)
-            folder = final / f".attempt-{number}"
-            os.mkdir(folder)  # noqa: PTH102 - the hot path of every task
+            folder = _attempt_folder(final, number)
+            _make_folder(folder)
             for name in _ALWAYS:
-                os.mkdir(folder / name)  # noqa: PTH102 - as above
+                os.mkdir(folder / name)  # noqa: PTH102 - the hot path of every task
         except OSError as exc:
             raise ArtifactError(f"task {task_id}: cannot create {final}: {exc}") from exc
         return Attempt(
@@ -181,14 +176,17 @@ class TaskFolders:
 
 
 def _next_attempt(final: Path) -> tuple[int, Path | None]:
-    """Make the task's folder; look for earlier attempts only when it was there already."""
+    """Return the number of the next attempt and what the latest one before it left."""
+    number = 1
+    while _attempt_folder(final, number).exists():
+        number += 1
+    if number > 1:
+        return number, _attempt_folder(final, number - 1)
+    return (2, final) if final.exists() else (1, None)
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        os.mkdir(final)  # noqa: PTH102 - the hot path of every task
+        os.mkdir(folder)  # noqa: PTH102 - the hot path of every task
     except FileNotFoundError:
-        final.mkdir(parents=True)
-    except FileExistsError:
-        numbers = [int(m[1]) for e in final.iterdir() if (m := _ATTEMPT.match(e.name))]
-        if numbers:
-            return max(numbers) + 1, final / f".attempt-{max(numbers)}"
-        return 2, final
-    return 1, None
+        folder.mkdir(parents=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ _HARMLESS = frozenset(
         *("if-range", "range", "transfer-encoding", "user-agent"),
     }
 )
-_ORIGIN_KEY = "flowmesh_origin"
+_FIRST_KEY = "flowmesh_first"
 
 
 @attrs.frozen(kw_only=True)
@@ -55,7 +56,7 @@ class NetworkPolicy:
         token: Bearer token.
     """
 
-    allow: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    allow: tuple[str, ...] = ()
     orchestrator_url: str | None = None
     token: str | None = attrs.field(default=None, repr=False)
 
@@ -151,6 +152,11 @@ def _addresses(host: str) -> Iterator[str]:
     Numbers in all their spellings (``0xa9fea9fe``) are resolved too.
     """
     try:
+        yield str(ipaddress.ip_address(host.partition("%")[0]))
+        return
+    except ValueError:  # a name
+        pass
+    try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return
@@ -185,9 +191,11 @@ def build_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.Cli
     """Build a client that keeps the policy on every hop; the timeout is for each read or write."""
     import httpx  # noqa: PLC0415 - see the import block
 
+    _quieten()
+
     def before(request: httpx.Request) -> None:
         policy.check(str(request.url))
-        _keep_secrets(request)
+        _follow(request)
 
     return httpx.Client(
         timeout=timeout_s,
@@ -200,9 +208,11 @@ def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> htt
     """Build the same for a coroutine; names are resolved on a thread."""
     import httpx  # noqa: PLC0415 - see the import block
 
+    _quieten()
+
     async def before(request: httpx.Request) -> None:
         await asyncio.to_thread(policy.check, str(request.url))
-        _keep_secrets(request)
+        _follow(request)
 
     async def after(response: httpx.Response) -> None:
         _check_peer(response)
@@ -214,11 +224,28 @@ def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> htt
     )
 
 
-def _keep_secrets(request: httpx.Request) -> None:
-    """Drop all but harmless headers when a redirect has left the origin they were meant for."""
+def _quieten() -> None:
+    """Keep the library from logging whole URLs, signatures included, at level INFO."""
+    logger = logging.getLogger("httpx")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+
+
+def _follow(request: httpx.Request) -> None:
+    """Look at a request, which may be a redirected one, and drop what was not meant for its host.
+
+    Raises:
+        ArtifactError: The redirect would turn an upload into a plain GET, and so lose it.
+    """
     origin = _origin(str(request.url))
     # A redirected request takes over the extensions of the first one.
-    if request.extensions.setdefault(_ORIGIN_KEY, origin) != origin:
+    first = request.extensions.setdefault(_FIRST_KEY, (origin, request.method))
+    if first[1] != request.method:
+        raise ArtifactError(
+            f"{first[1]} was redirected to {mask_url(str(request.url))} as {request.method}, which"
+            " would lose its content; use the final URL"
+        )
+    if first[0] != origin:
         for name in set(request.headers) - _HARMLESS:
             del request.headers[name]
 

@@ -119,7 +119,7 @@ class ArtifactPipeline:
             digests={RESULT_NAME: hashlib.sha256(body).hexdigest()},
         )
         try:
-            attempt.write(MANIFEST_NAME, encode_json(manifest, indent=2), fsync=self._fsync)
+            attempt.write(MANIFEST_NAME, encode_json(manifest), fsync=self._fsync)
             attempt.commit(fsync=self._fsync)
         except OSError as exc:
             raise ArtifactError(

@@ -136,5 +136,5 @@ class HttpStore(Store):
 
 
 def _pause_s(tried: int) -> float:
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**tried)
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**tried)
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret

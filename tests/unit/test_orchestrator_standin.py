@@ -281,9 +281,23 @@ def test_the_watchdog_reports_a_silent_worker_once_and_requeues(host: Host, join
         "synthetic": True,
         "attempt": 0,
     }
-    first.unregister()
-    time.sleep(0.2)
-    assert host.task(task_id).attempts == 1
+
+
+def test_a_worker_that_counts_as_dead_is_not_reported_or_requeued_again(
+    host: Host, join: Join
+) -> None:
+    zombie = join("w1")
+    task_id = host.submit(document())
+    host.wait_task(task_id)
+    host.expire_heartbeat("w1")
+    time.sleep(1.3)
+    zombie.report("TASK_STARTED", task_id)
+    host.wait_for(lambda: host.task(task_id).status == "DISPATCHED")
+    time.sleep(0.3)
+    zombie.unregister()
+    host.wait_for(lambda: host.events[-1].get("type") == "UNREGISTER")
+    time.sleep(0.1)
+    assert (host.task(task_id).status, host.task(task_id).attempts) == ("DISPATCHED", 0)
 
 
 def test_a_late_start_brings_a_finished_task_back_to_life(host: Host, join: Join) -> None:
@@ -353,6 +367,18 @@ def test_a_failed_group_is_released_with_the_children_uncounted(host: Host, join
     host.wait_for(lambda: [host.task(i).attempts for i in ids] == [1, 1])
 
 
+def test_the_children_of_a_parent_that_failed_for_good_run_alone(host: Host, join: Join) -> None:
+    bad, good = host.submit_together([inference("a"), inference("b")])
+
+    def act(message: dict[str, Any]) -> str:
+        return fails(message) if message["task_id"] == bad else "TASK_SUCCEEDED"
+
+    join("w1", act)
+    join("w2", act)
+    assert host.wait_task(bad).error == "max_attempts_exceeded"
+    assert (host.wait_task(good).status, host.task(good).attempts) == ("DONE", 0)
+
+
 def test_without_merging_each_task_has_its_own_dispatch(
     flowmesh_redis_url: str, tmp_path: Path, join: Join
 ) -> None:
@@ -373,7 +399,7 @@ def test_a_pipeline_renders_what_earlier_stages_left(host: Host, join: Join) -> 
                 "spec": {
                     "whole": "${one.result.n}",
                     "part": "n=${one.result.n} ${one.result.items.0.output}",
-                    "id": "${one.task_id}",
+                    "id": "${one.task_id} ${two.task_id}",
                 },
             },
         ]
@@ -383,7 +409,7 @@ def test_a_pipeline_renders_what_earlier_stages_left(host: Host, join: Join) -> 
     assert [task["metadata"]["name"] for task in sent] == ["pipeline:one", "pipeline:two"]
     assert "_upstreamResults" not in sent[0]["spec"]
     spec = sent[1]["spec"]
-    assert (spec["whole"], spec["part"], spec["id"]) == (7, "n=7 hi", ids["one"])
+    assert (spec["whole"], spec["part"], spec["id"]) == (7, "n=7 hi", f"{ids['one']} {ids['two']}")
     assert spec["_upstreamResults"]["one"] == host.result(ids["one"])
 
 
@@ -592,6 +618,8 @@ def test_waiting_in_vain_says_how_things_stand(host: Host) -> None:
         ({"gpu": {"count": 3}}, False),
         ({"gpu": {"type": "A100"}}, False),
         ({"gpu": {"type": "any", "memory": "80G"}}, True),
+        ({"gpu": {"count": 2, "memory": "24G"}}, True),
+        ({"gpu": {"count": 2, "memory": "25G"}}, False),
         ({"gpu": {"count": 1, "memory": "81G"}}, False),
     ],
 )
@@ -601,7 +629,7 @@ def test_hardware_requests_are_met_as_the_earlier_orchestrator_meets_them(
     worker = {
         "cpu": {"logical_cores": 4},
         "memory": {"total_bytes": 8 * 1024**3},
-        "gpu": {"gpus": [GPU, {"name": "NVIDIA H100", "memory": {"total_bytes": 80 * 1024**3}}]},
+        "gpu": {"gpus": [GPU, {"name": "NVIDIA L4", "memory": {"total_bytes": 24 * 1024**3}}]},
     }
     assert fits({"resources": {"hardware": hardware}}, worker) is met
 
