@@ -257,8 +257,8 @@ def _in_task(task: Path, origin: Origin) -> Path | None:
 def _either_form(task: Path, name: str) -> Path | None:
     """Return the folder or file of that name, else its archive."""
     suffixes = ("", *(() if name in _MODEL_FILES else _ARCHIVE_SUFFIXES))
-    forms = (task / f"{name}{suffix}" for suffix in suffixes)
-    return next((form for form in forms if form.exists()), None)
+    forms = (existing(str(task / f"{name}{suffix}")) for suffix in suffixes)
+    return next(filter(None, forms), None)
 
 
 def _url_of(origin: Origin, fetcher: Fetcher) -> str | None:
@@ -306,8 +306,7 @@ def check_relative(text: str, *, field: str) -> str:
 
 
 def _inside(folder: Path, text: str, *, field: str) -> Path | None:
-    path = folder / check_relative(text, field=field)
-    return path if path.exists() else None
+    return existing(str(folder / check_relative(text, field=field)))
 
 
 def below(folder: Path, text: str, *, field: str) -> Path:

@@ -28,6 +28,7 @@ ModelT = TypeVar("ModelT", bound="BaseModel")
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 _WORKER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|KEY")
 
 
 class _UnreadableError(Exception):
@@ -86,14 +87,17 @@ def _names(raw: str) -> tuple[str, ...]:
 
 
 def _folders(raw: str) -> tuple[Path, ...]:
-    paths = tuple(Path(part).expanduser() for part in raw.split(os.pathsep) if part)
+    paths = tuple(_folder(part) for part in raw.split(os.pathsep) if part)
     if all(path.is_absolute() for path in paths):
         return paths
     raise _UnreadableError(f"absolute folders separated by {os.pathsep!r}")
 
 
 def _folder(raw: str) -> Path:
-    return Path(raw).expanduser()
+    try:
+        return Path(raw).expanduser()
+    except RuntimeError:
+        raise _UnreadableError("a folder; ~ must name a user of this machine") from None
 
 
 def _plain_name(raw: str) -> str:
@@ -103,16 +107,33 @@ def _plain_name(raw: str) -> str:
 
 
 def _redis_url(raw: str) -> str:
-    if urlsplit(raw).scheme in ("redis", "rediss", "unix"):
+    if _scheme(raw) in ("redis", "rediss", "unix"):
         return raw
     raise _UnreadableError("a redis://, rediss:// or unix:// URL")
 
 
 def _http_url(raw: str) -> str:
-    parts = urlsplit(raw)
-    if parts.scheme in ("http", "https") and parts.hostname:
+    if _scheme(raw) in ("http", "https") and urlsplit(raw).hostname:
         return raw.rstrip("/")
     raise _UnreadableError("an http:// or https:// URL")
+
+
+def _scheme(raw: str) -> str:
+    """Return the URL's scheme, empty when it cannot be split or its port is no port."""
+    try:
+        parts = urlsplit(raw)
+        return parts.scheme if parts.port != 0 else ""
+    except ValueError:
+        return ""
+
+
+def _without_login(url: str) -> str:
+    """Return the URL with what stands before its last ``@`` hidden."""
+    return f"***{url[url.rindex('@') :]}" if "@" in url else url
+
+
+def _show_url(url: str | None) -> str:
+    return repr(url and _without_login(url))
 
 
 def _log_level(raw: str) -> str:
@@ -127,19 +148,24 @@ def _preferences(raw: str) -> Mapping[str, tuple[str, ...]]:
     ranks: dict[str, tuple[str, ...]] = {}
     for part in filter(None, (piece.strip() for piece in raw.split(";"))):
         task_type, equals, executors = part.partition("=")
-        if not equals or not _names(executors):
+        if not equals or not task_type.strip() or not _names(executors):
             raise _UnreadableError("TYPE=EXECUTOR[,EXECUTOR...] separated by ';'")
         ranks[task_type.strip()] = _names(executors)
     return ranks
 
 
 def _var(
-    name: str, parse: Callable[[str], Any], default: Any = None, *, factory: Any = None
+    name: str,
+    parse: Callable[[str], Any],
+    default: Any = None,
+    *,
+    factory: Any = None,
+    show: Any = True,
 ) -> Any:
     metadata = {"variable": name, "parse": parse}
     if factory is not None:
-        return attrs.field(factory=factory, metadata=metadata)
-    return attrs.field(default=default, metadata=metadata)
+        return attrs.field(factory=factory, metadata=metadata, repr=show)
+    return attrs.field(default=default, metadata=metadata, repr=show)
 
 
 def _default_results_dir() -> Path:
@@ -155,7 +181,7 @@ class Settings:
     """All settings of a worker; a field's metadata names its variable."""
 
     # Names and channels.
-    redis_url: str = _var("REDIS_URL", _redis_url, "redis://localhost:6379/0")
+    redis_url: str = _var("REDIS_URL", _redis_url, "redis://localhost:6379/0", show=_show_url)
     task_topic: str = _var("TASK_TOPIC", _text, "tasks")
     transport: str = _var("FLOWMESH_TRANSPORT", _text, "redis_pubsub")
     worker_id: str = _var("WORKER_ID", _plain_name, factory=_random_worker_id)
@@ -169,7 +195,9 @@ class Settings:
     metrics_port: int | None = _var("METRICS_PORT", _whole(0, 65535))
     visible_devices: str | None = _var("CUDA_VISIBLE_DEVICES", _text)
     # Results and logs.
-    results_dir: Path = _var("RESULTS_DIR", _folder, factory=_default_results_dir)
+    results_dir: Path = _var(  # noqa: RUF009 - it makes a field
+        "RESULTS_DIR", _folder, factory=_default_results_dir
+    )
     allowed_dirs: tuple[Path, ...] = _var("FLOWMESH_ALLOWED_DIRS", _folders, ())
     hub_offline: bool = _var("HF_HUB_OFFLINE", _flag, False)
     trust_remote_code: bool = _var("FLOWMESH_TRUST_REMOTE_CODE", _flag, False)
@@ -185,10 +213,8 @@ class Settings:
         "FLOWMESH_PREFER", _preferences, factory=dict
     )
     # Orchestrator, secrets, network policy.
-    orchestrator_base_url: str | None = _var("ORCHESTRATOR_BASE_URL", _http_url)
-    orchestrator_token: str | None = attrs.field(
-        default=None, repr=False, metadata={"variable": "ORCHESTRATOR_TOKEN", "parse": _text}
-    )
+    orchestrator_base_url: str | None = _var("ORCHESTRATOR_BASE_URL", _http_url, show=_show_url)
+    orchestrator_token: str | None = _var("ORCHESTRATOR_TOKEN", _text, show=False)
     env_allow: tuple[str, ...] = _var("FLOWMESH_ENV_ALLOW", _names, ())
     http_allow: tuple[str, ...] = _var("FLOWMESH_HTTP_ALLOW", _names, ())
     delivery_retries: int = _var("FLOWMESH_DELIVERY_RETRIES", _whole(0), 5)
@@ -233,11 +259,16 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
         try:
             values[field.name] = field.metadata["parse"](raw)
         except _UnreadableError as exc:
-            shown = "***" if "TOKEN" in name else repr(raw)
-            problems.append(f"{name} must be {exc}, got {shown}")
+            problems.append(f"{name} must be {exc}, got {_shown(name, raw)}")
     if problems:
         raise ConfigError("; ".join(problems))
     return Settings(**{**values, **overrides})
+
+
+def _shown(variable: str, raw: str) -> str:
+    if _SECRET.search(variable):
+        return "***"
+    return repr(_without_login(raw) if "URL" in variable else raw)
 
 
 def load_plugin_settings(
@@ -246,7 +277,7 @@ def load_plugin_settings(
     """Fill a plugin's own settings model from the environment.
 
     A field ``threads`` of plugin ``llamacpp`` is read from ``FLOWMESH_LLAMACPP_THREADS``; a field
-    with an alias in capitals is read from the variable of that name.
+    with an alias in capitals is read from the variable of that name. Empty means unset.
 
     Raises:
         ConfigError: Naming every variable that cannot be read.
@@ -254,22 +285,41 @@ def load_plugin_settings(
     from pydantic import ValidationError  # noqa: PLC0415 - see the import block
 
     source = read_environment() if environ is None else environ
-    names = {field: _variable_of(model, field, plugin) for field in model.model_fields}
-    found = {field: source[name] for field, name in names.items() if source.get(name)}
-    keyed = {model.model_fields[field].alias or field: raw for field, raw in found.items()}
+    variables = {_key_of(model, f): _variable_of(model, f, plugin) for f in model.model_fields}
+    found = {key: source[name] for key, name in variables.items() if source.get(name)}
     try:
-        return model.model_validate(keyed)
+        return model.model_validate(found)
     except ValidationError as exc:
-        variables = {model.model_fields[field].alias or field: n for field, n in names.items()}
         problems = [
-            f"{variables[str(item['loc'][0])]}: {item['msg']}, got {item['input']!r}"
+            _describe(dict(item), plugin, variables, source)
             for item in exc.errors(include_url=False)
         ]
         raise ConfigError("; ".join(problems)) from None
 
 
+def _describe(
+    item: Mapping[str, Any],
+    plugin: str,
+    variables: Mapping[str, str],
+    source: Mapping[str, str],
+) -> str:
+    variable = variables.get(str(item["loc"][0])) if item["loc"] else None
+    text = item["msg"].replace("Input should be", "must be", 1).removeprefix("Value error, ")
+    if variable is None:  # a rule about several fields
+        return f"settings of plugin {plugin}: {text}"
+    if item["type"] == "missing":
+        return f"{variable} is required"
+    return f"{variable} {text}, got {_shown(variable, source.get(variable, ''))}"
+
+
+def _key_of(model: type[BaseModel], field: str) -> str:
+    """Return the name under which the model takes the field."""
+    alias = model.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else field
+
+
 def _variable_of(model: type[BaseModel], field: str, plugin: str) -> str:
-    alias = model.model_fields[field].alias
-    if alias and alias.isupper():
-        return alias
+    key = _key_of(model, field)
+    if key != field and key.isupper():
+        return key
     return f"FLOWMESH_{plugin.replace('-', '_').upper()}_{field.upper()}"

@@ -9,18 +9,21 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import attrs
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -55,10 +58,18 @@ TASK_PROGRESS_CHANNEL = "tasks.progress:{task_id}"
 
 UpstreamResults = Mapping[str, Mapping[str, Any]]
 ModelT = TypeVar("ModelT", bound=BaseModel)
+ParsedT = TypeVar("ParsedT")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
+_PLAIN_NAME_RULE = (
+    "must be a plain name (letters, digits, '-', '_', '.', not starting with '.', at most 200)"
+)
+# What no file name can hold: NUL, and the surrogates that UTF-8 has no form for.
+_NOT_IN_A_PATH = re.compile("[\0\ud800-\udfff]")
 # What a merged child may leave out because its leader says it for the whole group.
-_SHARED_BY_GROUP = ("taskType", "model", "checkpoint", "resources", "enforce_cpu", "executor")
+_SHARED_BY_GROUP = (
+    *("taskType", "task_type", "model", "checkpoint", "resources", "enforce_cpu", "executor"),
+)
 _MAX_DEPTH = 200
 
 
@@ -85,18 +96,25 @@ def encode_json(value: Any, *, indent: int | None = None) -> bytes:
 
     Raises:
         TypeError: A value is of a type that JSON does not know; the message names where it stands.
+        ValueError: An integer is too long to be written.
+        RecursionError: The value nests too deeply, or holds itself.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+        text = _dump(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
         value = _without_nan(value)
-        text = json.dumps(value, ensure_ascii=False, indent=indent)
-    except TypeError as exc:
-        raise TypeError(f"{_first_unknown(value) or 'value'} is not JSON: {exc}") from exc
+        text = _dump(value, ensure_ascii=False, indent=indent)
     try:
         return text.encode()
     except UnicodeEncodeError:
         return json.dumps(value, indent=indent).encode()
+
+
+def _dump(value: Any, **options: Any) -> str:
+    try:
+        return json.dumps(value, **options)
+    except TypeError as exc:
+        raise TypeError(f"{_first_unknown(value) or 'value'} is not JSON: {exc}") from exc
 
 
 def _without_nan(value: Any) -> Any:
@@ -110,7 +128,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _first_unknown(value: Any, path: str = "") -> str:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         children: Iterable[tuple[str, Any]] = ((f"{path}.{key}", v) for key, v in value.items())
     elif isinstance(value, (list, tuple)):
         children = ((f"{path}[{i}]", v) for i, v in enumerate(value))
@@ -126,16 +144,15 @@ def check_task_id(value: object) -> str:
     Raises:
         ContractError: It is no plain name; numbers count as their decimal text.
     """
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    text = _shown(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if isinstance(text, str) and _PLAIN_NAME.match(text):
         return text
-    raise ContractError(
-        "task_id must be a plain name (letters, digits, '-', '_', '.', not starting with '.', "
-        f"at most 200), got {_shown(value)}"
-    )
+    raise ContractError(f"task_id {_PLAIN_NAME_RULE}, got {_shown(value)}")
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 600:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to write long ones out
     if isinstance(value, (str, int, float, bool, type(None))):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
@@ -153,10 +170,18 @@ class StrictBlock(BaseModel):
         if not isinstance(value, Mapping):
             return value
         known = set(_accepted_names(cls))
-        unknown = [str(key) for key in value if str(key) not in known]
-        if unknown:
-            raise ValueError("; ".join(_unknown_key(key, known) for key in unknown))
-        return value
+        problems = [_unknown_key(str(key), known) for key in value if key not in known]
+        if not problems:
+            return value
+        try:  # the known keys may be wrong too
+            cls.model_validate({key: item for key, item in value.items() if key in known})
+        except ValidationError as exc:
+            problems += describe_problems(exc, skip_placeholders=True)
+        raise _UnknownKeyError("; ".join(problems))
+
+
+class _UnknownKeyError(ValueError):
+    """Certain, whatever the placeholders beside it turn out to be."""
 
 
 def _accepted_names(model: type[BaseModel]) -> Iterable[str]:
@@ -179,6 +204,38 @@ def _unknown_key(key: str, known: Iterable[str]) -> str:
 class _Open(BaseModel):
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        usable = text.isprintable() and bool(parts.hostname) and parts.port != 0
+        return usable and parts.scheme in ("http", "https")
+    except ValueError:
+        return False
+
+
+def _nameable(path: str) -> str:
+    if _NOT_IN_A_PATH.search(path):
+        raise ValueError(f"must be text that a file name can hold, got {_shown(path)}")
+    return path
+
+
+def _inside_task_folder(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"must lie in the task's folder, got {_shown(path)}")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_nameable)]
+ArtifactName = Annotated[PathText, AfterValidator(_inside_task_folder)]
+
 
 class Destination(_Open):
     """Where the result goes: ``spec.output.destination``.
@@ -187,7 +244,7 @@ class Destination(_Open):
     """
 
     type: str = "local"
-    path: str | None = None
+    path: PathText | None = None
     url: str | None = None
     method: str = "POST"
     headers: dict[str, str] = Field(default_factory=dict)
@@ -197,7 +254,7 @@ class Destination(_Open):
 
     @model_validator(mode="after")
     def _needs_url(self) -> Destination:
-        if self.type == "http" and not re.match(r"https?://[^/]", self.url or ""):
+        if self.type == "http" and not _is_http_url(self.url or ""):
             got = _shown(self.url)
             raise ValueError(f'url must be an http(s) URL when type is "http", got {got}')
         return self
@@ -207,25 +264,7 @@ class Output(_Open):
     """``spec.output``: the destination and the artifacts that the manifest must list."""
 
     destination: Destination = Field(default_factory=Destination)
-    artifacts: list[str] = Field(default_factory=list)
-
-    @field_validator("destination", mode="before")
-    @classmethod
-    def _default_destination(cls, value: Any) -> Any:
-        return {} if value is None else value
-
-    @field_validator("artifacts", mode="before")
-    @classmethod
-    def _confined(cls, value: Any) -> Any:
-        if value is None:
-            return []
-        names = value if isinstance(value, list) else [value]
-        for name in names:
-            if not isinstance(name, str):
-                raise ValueError(f"each entry must be a string, got {_shown(name)}")  # noqa: TRY004 - pydantic turns ValueError into a problem
-            if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-                raise ValueError(f"each entry must lie in the task's folder, got {_shown(name)}")
-        return value
+    artifacts: list[ArtifactName] = Field(default_factory=list)
 
 
 class Shard(_Open):
@@ -238,7 +277,8 @@ class Shard(_Open):
     @model_validator(mode="after")
     def _in_range(self) -> Shard:
         if self.index >= self.total:
-            raise ValueError(f"index {self.index} must be below total {self.total}")
+            index, total = _shown(self.index), _shown(self.total)
+            raise ValueError(f"index {index} must be below total {total}")
         return self
 
 
@@ -257,16 +297,6 @@ class CommonSpec(_Open):
     upstream: dict[str, dict[str, Any]] = Field(
         default_factory=dict, validation_alias="_upstreamResults"
     )
-
-    @field_validator("output", "resources", "shard", "upstream", mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        return {} if value is None else value
-
-    @field_validator("task_type", mode="before")
-    @classmethod
-    def _no_type(cls, value: Any) -> Any:
-        return "" if value is None else value
 
 
 @attrs.frozen(kw_only=True)
@@ -330,10 +360,26 @@ class Envelope:
         return (self.task, *self.children)
 
 
+def _plain_name(value: Any) -> str:
+    try:
+        return check_task_id(value)
+    except ContractError:
+        raise ValueError(f"{_PLAIN_NAME_RULE}, got {_shown(value)}") from None
+
+
+TaskId = Annotated[str, BeforeValidator(_plain_name)]
+
+
+class _Child(_Open):
+    task_id: TaskId = Field(validation_alias=AliasChoices("task_id", "taskId"))
+    spec: Any = None
+    metadata: Any = None
+
+
 class _Message(_Open):
-    task_id: Any = Field(default=None, validation_alias=AliasChoices("task_id", "taskId"))
+    task_id: TaskId
     task: dict[str, Any]
-    merged_children: list[dict[str, Any]] = Field(
+    merged_children: list[_Child] = Field(
         default_factory=list, validation_alias=AliasChoices("merged_children", "merge_children")
     )
     assigned_worker: str | None = None
@@ -343,10 +389,13 @@ class _Message(_Open):
     shard_total: int | None = None
     attempt: int | None = Field(default=None, ge=1)
 
-    @field_validator("merged_children", mode="before")
-    @classmethod
-    def _no_children(cls, value: Any) -> Any:
-        return [] if value is None else value
+    @model_validator(mode="after")
+    def _each_once(self) -> _Message:
+        named = Counter([self.task_id, *(child.task_id for child in self.merged_children)])
+        twice = ", ".join(task_id for task_id, times in named.items() if times > 1)
+        if twice:
+            raise ValueError(f"merged_children names a task twice: {twice}")
+        return self
 
 
 def parse_message(body: bytes | str) -> Mapping[str, Any]:
@@ -385,9 +434,17 @@ def parse_envelope(message: Mapping[str, Any]) -> Envelope:
         ContractError: Every problem of the message and of the leading task. A child with a
             readable id but a bad document is listed in ``Envelope.rejected`` instead.
     """
-    fields = validate_model(_Message, message, where="message")
-    raw_id = fields.task.get("task_id") if fields.task_id is None else fields.task_id
-    task = parse_task(fields.task, task_id=check_task_id(raw_id))
+    raw_id, document = _find_id(message), message.get("task")
+    task_id = _attempt([], lambda: check_task_id(raw_id)) or ""
+    where = f"task {task_id}" if task_id else "message"
+    problems: list[str] = []
+    complete = {**message, "task_id": raw_id}
+    fields = _attempt(problems, lambda: validate_model(_Message, complete, where=where))
+    task = None
+    if isinstance(document, Mapping):
+        task = _attempt(problems, lambda: parse_task(document, task_id=task_id))
+    if fields is None or task is None:
+        raise ContractError(problems, where=where)
     children, rejected = _parse_children(task, fields.merged_children)
     return Envelope(
         task=task,
@@ -402,34 +459,44 @@ def parse_envelope(message: Mapping[str, Any]) -> Envelope:
     )
 
 
+def _find_id(message: Mapping[str, Any]) -> Any:
+    """Return the leader's id as it came; the message's own goes before its document's."""
+    document = message.get("task")
+    places = (message, document) if isinstance(document, Mapping) else (message,)
+    found = (place.get(name) for place in places for name in ("task_id", "taskId"))
+    return next((value for value in found if value is not None), None)
+
+
+def _attempt(problems: list[str], parse: Callable[[], ParsedT]) -> ParsedT | None:
+    try:
+        return parse()
+    except ContractError as exc:
+        problems.extend(exc.problems)
+        return None
+
+
 def _parse_children(
-    leader: Task, raw_children: Sequence[Mapping[str, Any]]
+    leader: Task, children: Iterable[_Child]
 ) -> tuple[tuple[Task, ...], dict[str, ContractError]]:
-    children: list[Task] = []
+    parsed: list[Task] = []
     rejected: dict[str, ContractError] = {}
-    seen = {leader.task_id}
-    for raw in raw_children:
-        # Without an id nobody could be answered, so such a child spoils the whole message.
-        task_id = check_task_id(raw.get("task_id", raw.get("taskId")))
-        if task_id in seen:
-            raise ContractError(
-                f"merged_children names task {task_id} twice", where=f"task {leader.task_id}"
-            )
-        seen.add(task_id)
+    for child in children:
         try:
-            children.append(_parse_child(leader, raw, task_id))
+            parsed.append(_parse_child(leader, child))
         except ContractError as exc:
-            rejected[task_id] = exc
-    return tuple(children), rejected
+            rejected[child.task_id] = exc
+    return tuple(parsed), rejected
 
 
-def _parse_child(leader: Task, raw: Mapping[str, Any], task_id: str) -> Task:
-    spec = raw.get("spec")
-    if not isinstance(spec, Mapping):
-        raise ContractError(f"spec must be an object, got {_shown(spec)}", where=f"task {task_id}")
+def _parse_child(leader: Task, child: _Child) -> Task:
+    if not isinstance(child.spec, Mapping):
+        raise ContractError(
+            f"spec must be an object, got {_shown(child.spec)}", where=f"task {child.task_id}"
+        )
     shared = {key: leader.spec[key] for key in _SHARED_BY_GROUP if key in leader.spec}
-    document = {**leader.document, "metadata": raw.get("metadata"), "spec": {**shared, **spec}}
-    return parse_task(document, task_id=task_id)
+    spec = {**shared, **child.spec}
+    document = {**leader.document, "metadata": child.metadata, "spec": spec}
+    return parse_task(document, task_id=child.task_id)
 
 
 def parse_task(document: Mapping[str, Any], *, task_id: str) -> Task:
@@ -479,8 +546,11 @@ _EXPECTATIONS: Mapping[str, str] = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
+    "invalid_key": "named by a string",
+    "string_unicode": "an object whose keys are valid text",
 }
 
 
@@ -497,8 +567,23 @@ def describe_problems(
     return [
         _describe(dict(item), prefix)
         for item in error.errors(include_url=False)
-        if not (skip_placeholders and "${" in str(item["input"]))
+        if not (skip_placeholders and _waits_for_placeholder(item))
     ]
+
+
+def _waits_for_placeholder(item: Mapping[str, Any]) -> bool:
+    certain = item["type"] == "missing" or isinstance(
+        item.get("ctx", {}).get("error"), _UnknownKeyError
+    )
+    return not certain and _has_placeholder(item["input"])
+
+
+def _has_placeholder(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_placeholder, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_placeholder, value))
+    return isinstance(value, str) and "${" in value
 
 
 def _describe(item: Mapping[str, Any], prefix: str) -> str:
@@ -513,7 +598,10 @@ def _describe(item: Mapping[str, Any], prefix: str) -> str:
     if kind == "missing":
         return f"{field} is required"
     if kind == "value_error":
-        return f"{field}: {item['ctx']['error']}"
+        text = str(item["ctx"]["error"])
+        if not path:
+            return text
+        return f"{path} {text}" if text.startswith("must ") else f"{path}: {text}"
     if kind in _EXPECTATIONS:
         return f"{field} must be {_EXPECTATIONS[kind]}, got {_shown(item['input'])}"
     message = item["msg"].replace("Input should be", "must be", 1)

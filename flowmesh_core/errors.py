@@ -5,7 +5,8 @@
     FlowmeshError
     ├── ConfigError, ContractError (problems), MergeError, TransportError (retriable)
     ├── PluginError ── PluginLoadError, PluginConflictError
-    ├── ExecutorError ── UnknownTaskTypeError, ExecutorUnavailableError (needs, install), ExecutionError
+    ├── ExecutorError ── UnknownTaskTypeError, ExecutorUnavailableError (needs, install),
+    │                    ExecutionError
     ├── DeadlineError, CancelledError, CrashError (exit_code, signal, oom), ResourceError
     ├── InputError
     └── ArtifactError ── ManifestError, ArchiveError, UploadError (retriable)

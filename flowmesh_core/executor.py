@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import enum
+import re
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 API_VERSION = "1.0"
+_TARGET = re.compile(r"[\w.]+:\w+\Z")
 
 
 class Capability(str, enum.Enum):
@@ -47,15 +49,20 @@ class Capability(str, enum.Enum):
 
 
 def _capabilities(values: Iterable[Capability | str]) -> frozenset[Capability]:
-    return frozenset(Capability(value) for value in values)
+    try:
+        return frozenset(Capability(value) for value in _ordered(values))
+    except ValueError as exc:
+        known = ", ".join(sorted(item.value for item in Capability))
+        raise PluginError(f"{exc}; known are {known}") from None
 
 
 def _names(values: Iterable[str]) -> frozenset[str]:
-    return frozenset(values)
+    return frozenset(_ordered(values))
 
 
 def _ordered(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(values)
+    # One name without brackets means that name, not its letters.
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 @attrs.frozen(kw_only=True)
@@ -109,7 +116,7 @@ class ExecutorInfo:
             problems.append("name and task_types must not be empty")
         for field in ("target", "spec", "settings"):
             path = getattr(self, field)
-            if (path or field == "target") and path.count(":") != 1:
+            if (path or field == "target") and not _TARGET.match(path):
                 problems.append(f"{field} must be 'package.module:Name', got {path!r}")
         if problems:
             raise PluginError(f"executor {self.name!r}: {'; '.join(problems)}")
@@ -121,16 +128,20 @@ class ExecutorInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the declaration as JSON data, sets sorted."""
-        return {
-            key: sorted(value) if isinstance(value, frozenset) else value
-            for key, value in attrs.asdict(self, value_serializer=_plain).items()
-        }
+        return attrs.asdict(self, value_serializer=_plain)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ExecutorInfo:
-        """Build a declaration from ``to_dict``; fields of a later version are ignored."""
+        """Build a declaration from ``to_dict``; fields of a later version are ignored.
+
+        Raises:
+            PluginError: A field is missing or cannot be read.
+        """
         known = {field.name for field in attrs.fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
+        try:
+            return cls(**{key: value for key, value in data.items() if key in known})
+        except TypeError as exc:
+            raise PluginError(f"executor {data.get('name')!r} cannot be read: {exc}") from exc
 
 
 def _plain(_owner: Any, _field: Any, value: Any) -> Any:
@@ -158,6 +169,10 @@ class Artifact:
     result_key: str = ""
 
 
+def _files(values: Iterable[Artifact]) -> tuple[Artifact, ...]:
+    return tuple(values)
+
+
 @attrs.frozen(kw_only=True)
 class Outcome:
     """What became of one task: a JSON result, or the error that ended it.
@@ -170,7 +185,7 @@ class Outcome:
 
     result: Mapping[str, Any] = attrs.field(factory=dict)
     error: FlowmeshError | None = None
-    artifacts: tuple[Artifact, ...] = attrs.field(default=(), converter=tuple)
+    artifacts: tuple[Artifact, ...] = attrs.field(default=(), converter=_files)
 
     @property
     def ok(self) -> bool:
@@ -196,7 +211,9 @@ class ChildTask:
         Raises:
             TimeoutError: It has not ended within ``timeout_s``.
         """
-        return self._future.result(timeout_s)
+        if not wait([self._future], timeout_s).done:
+            raise TimeoutError(f"the child task has not ended within {timeout_s} s")
+        return self._future.result()
 
     def __await__(self) -> Generator[Any, None, Outcome]:
         import asyncio  # noqa: PLC0415 - plugins that only declare do not pay for it

@@ -46,14 +46,15 @@ class Finished:
 class TaskLedger:
     """Remembers held tasks, and the last ``kept`` finished ones.
 
-    A task that succeeded is never run again under its id. One that failed is run again when it
-    is dispatched anew, which pub/sub shows by another ``dispatched_at``.
+    A task that succeeded is not run again under its id, unless it now leads members that were
+    not answered with it: its success would end them too. One that failed is run again when it is
+    dispatched anew, which pub/sub shows by another ``dispatched_at``.
     """
 
     def __init__(self, kept: int = _KEPT) -> None:
         self._kept = kept
-        self._held: set[str] = set()
-        self._finished: OrderedDict[str, Finished] = OrderedDict()
+        self._held: dict[str, frozenset[str]] = {}
+        self._finished: OrderedDict[str, tuple[Finished, frozenset[str]]] = OrderedDict()
 
     @property
     def held(self) -> frozenset[str]:
@@ -65,29 +66,33 @@ class TaskLedger:
         task_id = envelope.task.task_id
         if task_id in self._held:
             return Verdict.HELD, None
-        finished = self._finished.get(task_id)
-        if finished is not None and _same_work(finished, envelope):
+        members = _members(envelope)
+        finished, answered = self._finished.get(task_id, (None, frozenset()))
+        if finished is not None and _same_work(finished, envelope, members <= answered):
             return Verdict.FINISHED, finished
-        self._held.add(task_id)
+        self._held[task_id] = members
         return Verdict.RUN, finished
 
     def finish(self, task_id: str, finished: Finished) -> None:
         """Let go of a task and remember how it ended."""
-        self._held.discard(task_id)
-        self._finished[task_id] = finished
+        self._finished[task_id] = finished, self._held.pop(task_id, frozenset())
         self._finished.move_to_end(task_id)
         while len(self._finished) > self._kept:
             self._finished.popitem(last=False)
 
     def find_undelivered(self, envelope: Envelope) -> Mapping[str, Any] | None:
         """Return a written result that only has to be delivered, if this very work left one."""
-        finished = self._finished.get(envelope.task.task_id)
+        finished, answered = self._finished.get(envelope.task.task_id, (None, frozenset()))
         if finished is None or finished.spec != envelope.task.spec:
             return None
-        return finished.undelivered
+        return finished.undelivered if _members(envelope) <= answered else None
 
 
-def _same_work(finished: Finished, envelope: Envelope) -> bool:
+def _members(envelope: Envelope) -> frozenset[str]:
+    return frozenset(task.task_id for task in envelope.children).union(envelope.rejected)
+
+
+def _same_work(finished: Finished, envelope: Envelope, all_answered: bool) -> bool:
     if finished.ok:
-        return True
+        return all_answered
     return finished.dispatched_at is not None and finished.dispatched_at == envelope.dispatched_at

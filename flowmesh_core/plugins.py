@@ -10,6 +10,7 @@ import enum
 import importlib
 import importlib.util
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import attrs
 import pluggy
 
-from flowmesh_core import hookspecs
+from flowmesh_core import __version__, hookspecs
 from flowmesh_core.config import Settings
 from flowmesh_core.errors import (
     ExecutorUnavailableError,
@@ -47,6 +48,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _CORE = "flowmesh-core"
+_HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("flowmesh_"))
 
 
 class PluginState(str, enum.Enum):
@@ -88,6 +90,7 @@ class _Candidate:
     name: str
     distribution: str
     version: str
+    module_name: str
     load: Callable[[], Any]
     state: PluginState = PluginState.LOADED
     reason: str = ""
@@ -99,7 +102,7 @@ class _Candidate:
         self.state, self.reason, self.executors = state, reason, ()
 
     def report(self) -> PluginReport:
-        hooks = (name for name in dir(self.module) if name.startswith("flowmesh_"))
+        hooks = (name for name in dir(self.module) if name in _HOOKS)
         return PluginReport(
             name=self.name,
             distribution=self.distribution,
@@ -130,26 +133,27 @@ class Plugins:
         for impl in getattr(self.manager.hook, hook).get_hookimpls():
             try:
                 impl.function(*(arguments[name] for name in impl.argnames))
-            except Exception:  # noqa: BLE001 - somebody's observer must not decide about a task
+            except (Exception, SystemExit):  # noqa: BLE001 - an observer must not decide about a task
                 _log.exception("plugin %s: hook %s raised", impl.plugin_name, hook)
 
     def heartbeat_fields(self) -> dict[str, Any]:
         """Collect ``flowmesh_heartbeat_fields`` from every plugin that answers."""
-        fields: dict[str, Any] = {}
-        for impl in self.manager.hook.flowmesh_heartbeat_fields.get_hookimpls():
-            try:
-                answer: Any = impl.function()
-                fields.update(answer)
-            except Exception:  # noqa: BLE001 - as in observe
-                _log.exception("plugin %s: flowmesh_heartbeat_fields raised", impl.plugin_name)
-        return fields
+        return self._collect("flowmesh_heartbeat_fields")
 
     def model_sources(self) -> dict[str, Callable[..., Path]]:
         """Return the resolvers of further kinds of ``model.source``, imported when called."""
-        declared: dict[str, str] = {}
-        for answer in self.manager.hook.flowmesh_register_model_sources():
-            declared.update(answer)
+        declared = self._collect("flowmesh_register_model_sources")
         return {kind: _lazy_call(target) for kind, target in declared.items()}
+
+    def _collect(self, hook: str) -> dict[str, Any]:
+        """Join the mappings that a hook's implementations return, leaving out what raises."""
+        answers: dict[str, Any] = {}
+        for impl in getattr(self.manager.hook, hook).get_hookimpls():
+            try:
+                answers.update(impl.function())
+            except (Exception, SystemExit):  # noqa: BLE001 - as in observe
+                _log.exception("plugin %s: %s raised", impl.plugin_name, hook)
+        return answers
 
 
 def _lazy_call(target: str) -> Callable[..., Any]:
@@ -174,10 +178,12 @@ def load_plugins(settings: Settings, *, files: Iterable[Path] = ()) -> Plugins:
     installed = [_from_entry_point(point) for point in _sorted_entry_points("flowmesh")]
     asked_for = [_from_file(Path(path)) for path in files]
     candidates = installed + asked_for
+    for candidate in candidates:
+        _apply_lists(candidate, settings)
     _refuse_duplicates(candidates)
     for candidate in candidates:
         if candidate.state is PluginState.LOADED:
-            _load(candidate, settings, manager)
+            _load(candidate, manager)
     _refuse_claimed_names(candidates, manager)
     for candidate in candidates:
         must = settings.strict_plugins or candidate in asked_for
@@ -195,63 +201,74 @@ def _distribution(point: EntryPoint) -> str:
 
 def _from_entry_point(point: EntryPoint) -> _Candidate:
     version = point.dist.version if point.dist else "0"
-    return _Candidate(point.name, _distribution(point), version, point.load)
+    return _Candidate(point.name, _distribution(point), version, point.module, point.load)
 
 
 def _from_file(path: Path) -> _Candidate:
-    return _Candidate(path.stem, str(path), "0", lambda: _import_file(path))
-
-
-def _import_file(path: Path) -> ModuleType:
     # The module gets a name of its own, so that `target=f"{__name__}:Class"` can be imported.
-    name = f"flowmesh_plugin_{path.stem}"
+    name = re.sub(r"\W", "_", f"flowmesh_plugin_{path.stem}")
+    return _Candidate(path.stem, str(path), "0", name, lambda: _import_file(path, name))
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise PluginLoadError(f"plugin file {path} must be an existing .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
+def _apply_lists(candidate: _Candidate, settings: Settings) -> None:
+    if candidate.name in settings.disable_plugins:
+        candidate.refuse(PluginState.DISABLED, "named in FLOWMESH_DISABLE_PLUGINS")
+    elif settings.only_plugins and candidate.name not in settings.only_plugins:
+        candidate.refuse(PluginState.DISABLED, "not named in FLOWMESH_ONLY_PLUGINS")
+
+
 def _refuse_duplicates(candidates: Sequence[_Candidate]) -> None:
-    for one in candidates:
-        others = [c for c in candidates if c.name == one.name and c is not one]
+    allowed = [c for c in candidates if c.state is PluginState.LOADED]
+    for one in allowed:
+        others = [c for c in allowed if c.name == one.name and c is not one]
         if others and one.distribution != _CORE:
             owners = ", ".join(sorted({one.distribution, *(c.distribution for c in others)}))
             reason = f"plugin name {one.name!r} is claimed by {owners}; uninstall all but one"
             one.refuse(PluginState.CONFLICT, reason)
 
 
-def _load(candidate: _Candidate, settings: Settings, manager: pluggy.PluginManager) -> None:
-    if candidate.name in settings.disable_plugins:
-        return candidate.refuse(PluginState.DISABLED, "named in FLOWMESH_DISABLE_PLUGINS")
-    if settings.only_plugins and candidate.name not in settings.only_plugins:
-        return candidate.refuse(PluginState.DISABLED, "not named in FLOWMESH_ONLY_PLUGINS")
+def _load(candidate: _Candidate, manager: pluggy.PluginManager) -> None:
     started = time.perf_counter()
     try:
         candidate.module = candidate.load()
         _register(candidate, manager)
     except ModuleNotFoundError as exc:
-        own = getattr(candidate.module, "__name__", candidate.name)
         missing = exc.name or str(exc)
-        state = PluginState.BROKEN if missing == own else PluginState.MISSING
-        candidate.refuse(state, f"needs the package {missing}, not installed here")
+        if f"{candidate.module_name}.".startswith(f"{missing}."):  # its own module is not there
+            candidate.refuse(PluginState.BROKEN, f"ModuleNotFoundError: {exc}")
+        else:
+            reason = f"needs the package {missing}, not installed here"
+            candidate.refuse(PluginState.MISSING, reason)
     except (Exception, SystemExit) as exc:  # noqa: BLE001 - one bad plugin must not stop the process
         _log.debug("plugin %s failed to load", candidate.name, exc_info=True)
         detail = str(exc) if isinstance(exc, PluginError) else f"{type(exc).__name__}: {exc}"
         candidate.refuse(PluginState.BROKEN, detail)
     candidate.import_s = time.perf_counter() - started
-    return None
 
 
 def _register(candidate: _Candidate, manager: pluggy.PluginManager) -> None:
-    manager.register(candidate.module, name=candidate.name)
     try:
+        manager.register(candidate.module, name=candidate.name)
         manager.check_pending()
         candidate.executors = tuple(_declared_by(candidate, manager))
     except BaseException:
-        manager.unregister(name=candidate.name)
+        # A registration that is refused half-way leaves the hooks before the bad one behind.
+        if manager.get_plugin(candidate.name) is not None:
+            manager.unregister(name=candidate.name)
         raise
 
 
@@ -260,10 +277,12 @@ def _declared_by(candidate: _Candidate, manager: pluggy.PluginManager) -> Iterab
         if impl.plugin_name != candidate.name:
             continue
         declared: Any = impl.function()
-        for info in declared:
-            if not isinstance(info, ExecutorInfo):
+        whole = isinstance(declared, Iterable) and not isinstance(declared, (str, Mapping))
+        for info in declared if whole else [declared]:
+            if not whole or not isinstance(info, ExecutorInfo):
                 raise PluginLoadError(
-                    f"flowmesh_register_executors must return ExecutorInfo, got {info!r}"
+                    "flowmesh_register_executors must return a list of ExecutorInfo, got "
+                    f"{type(info).__name__}"
                 )
             _check_api(info, candidate)
             yield info
@@ -298,8 +317,8 @@ def _complain(candidate: _Candidate, *, raise_now: bool) -> None:
     if candidate.state in (PluginState.LOADED, PluginState.DISABLED):
         return
     text = (
-        f"plugin {candidate.name} ({candidate.distribution} {candidate.version}) is "
-        f"{candidate.state.value}: {candidate.reason}"
+        f"plugin {candidate.name} ({candidate.distribution} {candidate.version}, "
+        f"{_CORE} {__version__}) is {candidate.state.value}: {candidate.reason}"
     )
     if raise_now:
         conflict = candidate.state is PluginState.CONFLICT
@@ -328,7 +347,7 @@ def import_target(target: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except Exception as exc:  # whatever somebody's module raises, the plugin is broken
+    except (Exception, SystemExit) as exc:  # whatever it raises, the plugin is broken
         raise PluginLoadError(f"cannot import {target}: {type(exc).__name__}: {exc}") from exc
 
 
@@ -483,7 +502,7 @@ class ExecutorRegistry:
         executor: str | None,
     ) -> str:
         if executor and info.name != executor:
-            return f"spec.executor asks for {executor!r}"
+            return f"is not {executor!r}, which spec.executor asks for"
         if info.needs_gpu and (enforce_cpu or not self._gpu_count):
             return "needs a GPU" + (", and enforce_cpu is set" if enforce_cpu else "")
         missing = [name for name in info.needs if not is_importable(name)]

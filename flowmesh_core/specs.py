@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from flowmesh_core.contract import StrictBlock
 
@@ -38,6 +46,13 @@ __all__ = [
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+IdText = Annotated[str, BeforeValidator(_number_as_text)]
+
+
 class OpenBlock(BaseModel):
     """A block that other readers share, so that unknown keys pass."""
 
@@ -64,7 +79,7 @@ class ModelSource(OpenBlock):
     path: str | None = None
     package: str | None = None
     file: str | None = Field(default=None, validation_alias=AliasChoices("file", "filename"))
-    task_id: str | None = Field(default=None, validation_alias=AliasChoices("taskId", "task_id"))
+    task_id: IdText | None = Field(default=None, validation_alias=AliasChoices("taskId", "task_id"))
     trust_remote_code: bool = False
 
 
@@ -73,11 +88,11 @@ class Adapter(OpenBlock):
 
     type: str = "lora"
     name: str | None = None
-    id: str | None = Field(default=None, validation_alias=AliasChoices("id", "adapter_id"))
+    id: IdText | None = Field(default=None, validation_alias=AliasChoices("id", "adapter_id"))
     apply: Literal["runtime", "merge"] = "runtime"
     path: str | None = None
     url: str | None = None
-    task_id: str | None = Field(default=None, validation_alias=AliasChoices("taskId", "task_id"))
+    task_id: IdText | None = Field(default=None, validation_alias=AliasChoices("taskId", "task_id"))
     headers: dict[str, str] = Field(default_factory=dict)
     archive_format: str = "auto"
     scale: float = 1.0
@@ -101,7 +116,7 @@ class CheckpointLoad(OpenBlock):
 
     type: str = "local"
     path: str | None = Field(default=None, validation_alias=AliasChoices("path", "uri"))
-    task_id: str | None = Field(default=None, validation_alias=AliasChoices("taskId", "task_id"))
+    task_id: IdText | None = Field(default=None, validation_alias=AliasChoices("taskId", "task_id"))
     url: str | None = None
     base_url: str | None = None
     headers: dict[str, str] = Field(default_factory=dict)
@@ -206,9 +221,7 @@ class JsonlExport(StrictBlock):
     """
 
     path: str
-    fields: dict[str, str | dict[str, Any]] = Field(
-        default_factory=_prompt_and_output
-    )
+    fields: dict[str, str | dict[str, Any]] = Field(default_factory=_prompt_and_output)
     required_fields: list[str] = Field(default_factory=list)
 
 

@@ -87,6 +87,16 @@ class _Report:
         return {**self.payload(), "runtime_sec": round(runtime_s, 6), "finished_at": utc_now()}
 
 
+# What became of each task of a dispatch; a task without a folder could not begin.
+_GroupRun = dict[str, tuple[Attempt | None, Outcome]]
+
+
+def _folder_of(task: Task, attempt: Attempt | None) -> Attempt:
+    if attempt is None:
+        raise ArtifactError(f"task {task.task_id} has no folder")
+    return attempt
+
+
 class Worker:
     """Takes tasks from a transport until it is told to stop.
 
@@ -122,6 +132,7 @@ class Worker:
         self._artifacts = ArtifactPipeline(self._store_for, fsync=settings.fsync)
         self._ledger = TaskLedger()
         self._handling: set[asyncio.Task[None]] = set()
+        self._in_hand = asyncio.Semaphore(2 * settings.max_concurrent_tasks)
         self._draining = False
         self._hurry = asyncio.Event()
         self._started = time.monotonic()
@@ -239,22 +250,22 @@ class Worker:
         """Take one dispatch from its envelope to its last event."""
         report = _Report(envelope, utc_now(), time.monotonic())
         result: Mapping[str, Any] | None = None
-        try:
-            async with self._runner.slot():
-                self._begin(report)
-                try:
-                    result = await self._produce(envelope)
-                    await self._artifacts.deliver(envelope.task, result)
-                except FlowmeshError as exc:
-                    self._end(report, exc, result if isinstance(exc, UploadError) else None)
-                except Exception as exc:  # noqa: BLE001 - nothing that arrives ends the worker
-                    _log.exception("task %s: unexpected failure", envelope.task.task_id)
-                    self._end(report, ExecutionError(f"{type(exc).__name__}: {exc}"), None)
-                else:
-                    self._end(report, None, None)
-        finally:
-            # After the slot is free: another task may be waiting for it.
-            self._announce_rest(envelope.task.task_id)
+        # A task is written and delivered while the next one has its slot already.
+        async with self._in_hand:
+            try:
+                async with self._runner.slot():
+                    self._begin(report)
+                    run = await self._execute(envelope)
+                result = await self._conclude(envelope, run)
+                await self._artifacts.deliver(envelope.task, result)
+            except FlowmeshError as exc:
+                self._end(report, exc, result if isinstance(exc, UploadError) else None)
+            except Exception as exc:  # noqa: BLE001 - nothing that arrives ends the worker
+                _log.exception("task %s: unexpected failure", envelope.task.task_id)
+                self._end(report, ExecutionError(f"{type(exc).__name__}: {exc}"), None)
+            else:
+                self._end(report, None, None)
+        self._announce_rest(envelope.task.task_id)
 
     def _begin(self, report: _Report) -> None:
         report.started, report.started_at = time.monotonic(), utc_now()
@@ -263,44 +274,52 @@ class Worker:
         event = TaskEvent(type=TASK_STARTED, task_id=task_id, payload=report.payload())
         self._send_task(event)
 
-    async def _produce(self, envelope: Envelope) -> Mapping[str, Any]:
-        """Return the leader's written result; members are answered on the way."""
+    async def _execute(self, envelope: Envelope) -> _GroupRun:
+        """Run the leader, then its members; needs the slot.
+
+        Raises:
+            FlowmeshError: The leader failed.
+        """
         if self._draining:
             raise CancelledError("the worker is stopping", retriable=True)
-        undelivered = self._ledger.find_undelivered(envelope)
-        if undelivered is not None:
-            return undelivered
+        if self._ledger.find_undelivered(envelope) is not None:
+            return {}
         leader = envelope.task
-        attempt, outcome = await self._run(leader)
-        if outcome.error is not None:
-            raise outcome.error
-        children = await self._run_children(envelope)
-        if children:
-            outcome = attrs.evolve(outcome, result={**outcome.result, "children": children})
-        return await self._artifacts.finish(leader, attempt, outcome)
+        run: _GroupRun = {leader.task_id: await self._run(leader)}
+        error = run[leader.task_id][1].error
+        if error is not None:
+            raise error
+        for child in envelope.children:
+            try:
+                run[child.task_id] = await self._run(child)
+            except FlowmeshError as exc:
+                run[child.task_id] = (None, Outcome(error=exc))
+        return run
 
-    async def _run(self, task: Task) -> tuple[Attempt, Outcome]:
+    async def _conclude(self, envelope: Envelope, run: _GroupRun) -> Mapping[str, Any]:
+        """Answer the members and return the leader's written result; needs no slot."""
+        leader = envelope.task
+        if leader.task_id not in run:
+            return self._ledger.find_undelivered(envelope) or {}
+        attempt, outcome = run.pop(leader.task_id)
+        if envelope.children or envelope.rejected:
+            children = await self._conclude_children(envelope, run)
+            outcome = attrs.evolve(outcome, result={**outcome.result, "children": children})
+        return await self._artifacts.finish(leader, _folder_of(leader, attempt), outcome)
+
+    async def _run(self, task: Task) -> tuple[Attempt | None, Outcome]:
         self._store_for(task.destination.type)
         attempt = self.folders.begin(task.task_id, task.destination)
         return attempt, await self._runner.run(task, attempt)
 
-    async def _run_children(self, envelope: Envelope) -> dict[str, Any]:
-        """Run merged members one by one; each is written and delivered on its own."""
-        if not (envelope.children or envelope.rejected):
-            return {}
-        outcomes: dict[str, Outcome] = {}
-        attempts: dict[str, Attempt] = {}
-        for child in envelope.children:
-            try:
-                attempts[child.task_id], outcomes[child.task_id] = await self._run(child)
-            except FlowmeshError as exc:
-                outcomes[child.task_id] = Outcome(error=exc)
-        shared = share_out(envelope, outcomes)
+    async def _conclude_children(self, envelope: Envelope, run: _GroupRun) -> dict[str, Any]:
+        """Write and deliver each member on its own; return their results."""
+        shared = share_out(envelope, {task_id: outcome for task_id, (_, outcome) in run.items()})
         tasks = {task.task_id: task for task in envelope.children}
         return {
             task_id: await self._finish_child(
                 tasks.get(task_id) or attrs.evolve(envelope.task, task_id=task_id),
-                attempts.get(task_id),
+                run[task_id][0] if task_id in run else None,
                 outcome,
             )
             for task_id, outcome in shared.items()
@@ -313,9 +332,7 @@ class Worker:
         try:
             if outcome.error is not None:
                 raise outcome.error
-            if attempt is None:
-                raise ArtifactError(f"task {task.task_id} has no folder")
-            result = await self._artifacts.finish(task, attempt, outcome)
+            result = await self._artifacts.finish(task, _folder_of(task, attempt), outcome)
         except FlowmeshError as exc:
             _log.warning("task %s, merged, failed: %s", task.task_id, exc)
             result = await self._write_failure(task, exc)
@@ -436,8 +453,9 @@ class Worker:
         _log.info("draining: %d tasks in hand", len(self._handling))
         ended = asyncio.gather(*self._handling, return_exceptions=True)
         hurry = asyncio.ensure_future(self._hurry.wait())
+        waiting: list[asyncio.Future[Any]] = [ended, hurry]
         await asyncio.wait(
-            {ended, hurry},
+            waiting,
             timeout=self.settings.drain_timeout_s,
             return_when=asyncio.FIRST_COMPLETED,
         )

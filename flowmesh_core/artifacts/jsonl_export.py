@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowmesh_core.artifacts.layout import Attempt, confine
+from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME, Attempt, confine
 from flowmesh_core.contract import encode_json
 from flowmesh_core.errors import ArtifactError
 from flowmesh_core.specs import JsonlExport
@@ -27,16 +27,23 @@ def write_jsonl_export(
         The block ``result.jsonl_export``, with paths as they are after the commit.
 
     Raises:
-        ArtifactError: The path leaves the task's folder, or a required field is empty.
+        ArtifactError: The path leaves the task's folder or cannot be written, or a required field
+            is empty.
     """
     path = confine(attempt.folder, export.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for number, item in enumerate(items):
-            record = {name: _select(selector, item) for name, selector in export.fields.items()}
-            _check_required(export, record, number)
-            file.write(encode_json(record) + b"\n")
     relative = path.relative_to(attempt.folder).as_posix()
+    if relative in (RESULT_NAME, MANIFEST_NAME):
+        raise ArtifactError(
+            f"postprocess.jsonl_export: {RESULT_NAME} and {MANIFEST_NAME} are the core's own files;"
+            " choose another path"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for number, item in enumerate(items):
+                file.write(encode_json(_build_record(export, item, number)) + b"\n")
+    except OSError as exc:
+        raise ArtifactError(f"postprocess.jsonl_export: cannot write {relative}: {exc}") from exc
     final = str(attempt.final / relative)
     return {
         "path": final,
@@ -47,24 +54,30 @@ def write_jsonl_export(
     }
 
 
-def _check_required(export: JsonlExport, record: Mapping[str, str], number: int) -> None:
+def _build_record(export: JsonlExport, item: Mapping[str, Any], number: int) -> dict[str, str]:
+    if not isinstance(item, Mapping):
+        raise ArtifactError(
+            f"postprocess.jsonl_export: item {number} must be an object, got {type(item).__name__}"
+        )
+    record = {name: _as_text(_select(selector, item)) for name, selector in export.fields.items()}
     empty = [name for name in export.required_fields if not record.get(name)]
     if empty:
         raise ArtifactError(
             f"postprocess.jsonl_export: item {number} has no {', '.join(empty)}, "
             "named in required_fields"
         )
+    return record
 
 
-def _select(selector: str | Mapping[str, Any], item: Mapping[str, Any]) -> str:
+def _select(selector: Any, item: Mapping[str, Any]) -> Any:
     if isinstance(selector, str):
-        value = _select_by_text(selector, item)
-    else:
-        value = _select_by_object(selector, item)
-    return "" if value is None else value if isinstance(value, str) else _as_text(value)
+        return _select_by_text(selector, item)
+    return _select_by_object(selector, item) if isinstance(selector, Mapping) else selector
 
 
 def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
     return encode_json(value).decode() if isinstance(value, (Mapping, list)) else str(value)
 
 
@@ -89,14 +102,14 @@ def _select_by_object(selector: Mapping[str, Any], item: Mapping[str, Any]) -> A
     else:
         value = _field(item, source, selector.get("key"))
     if value in (None, "") and "fallback" in selector:
-        fallback = selector["fallback"]
-        simple = isinstance(fallback, str)
-        value = _select_by_text(fallback, item) if simple else _select_by_object(fallback, item)
+        value = _select(selector["fallback"], item)
     return selector.get("default") if value in (None, "") else value
 
 
 def _field(item: Mapping[str, Any], source: str, key: str | None) -> Any:
-    metadata = item.get("metadata") or {}
+    metadata = item.get("metadata")
+    if not isinstance(metadata, Mapping):
+        metadata = {}
     if source == "prompt":
         return metadata.get("prompt", item.get("prompt"))
     if source == "output":

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import attrs
 
@@ -33,17 +34,24 @@ def confine(folder: Path, relative: str) -> Path:
     """Return ``folder / relative``, which must stay inside the folder, links resolved.
 
     Raises:
-        ArtifactError: It would leave the folder.
+        ArtifactError: It would leave the folder, or begins with a dot and so would not last: the
+            attempt's own files do.
     """
     path = folder / relative
-    if not relative or "\0" in relative or not _is_within(path, folder):
-        raise ArtifactError(f"path {relative!r} must stay inside the task's folder")
+    steps = _steps_below(path, folder)
+    if not steps or steps[0].startswith(".") or ".." in PurePosixPath(relative).parts:
+        raise ArtifactError(
+            f"path {relative!r} must stay inside the task's folder and not begin with '.'"
+        )
     return path
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    resolved, root = path.resolve(), folder.resolve()
-    return resolved == root or root in resolved.parents
+def _steps_below(path: Path, folder: Path) -> tuple[str, ...]:
+    """Return the names from the folder down to the path, links resolved; none if it leads out."""
+    try:
+        return Path(os.path.realpath(path)).relative_to(os.path.realpath(folder)).parts
+    except ValueError:  # also for text that no file system can hold as a name
+        return ()
 
 
 @attrs.frozen(kw_only=True)
@@ -66,7 +74,8 @@ class Attempt:
     def write(self, name: str, content: bytes, *, fsync: bool = False) -> None:
         """Write a file of the attempt's folder."""
         # Raw descriptors: this runs twice per task and `open` costs a third more.
-        handle = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        handle = os.open(self.folder / name, flags, 0o644)
         try:
             view = memoryview(content)
             while view:
@@ -80,24 +89,39 @@ class Attempt:
         """Rename the attempt to the task's folder, replacing what an earlier run left there."""
         for name in os.listdir(self.folder):  # noqa: PTH208 - the hot path of every task
             if name.startswith("."):
-                shutil.rmtree(self.folder / name)  # fetched for this attempt only
+                _remove(self.folder / name)  # fetched for this attempt only
         try:
             os.rename(self.folder, self.final)  # noqa: PTH104 - as above
         except OSError:
             if not self.final.is_dir():
                 raise
             self._replace_final()
-        for number in range(1, self.number):
-            shutil.rmtree(_attempt_folder(self.final, number), ignore_errors=True)
+        if self.number > 1:
+            self._remove_earlier()
         if fsync:
             _sync_folder(self.final.parent)
 
+    @property
+    def _aside(self) -> Path:
+        return self.final.with_name(f".{self.task_id}.replaced")
+
     def _replace_final(self) -> None:
-        aside = self.final.with_name(f".{self.task_id}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        self.final.rename(aside)
+        shutil.rmtree(self._aside, ignore_errors=True)
+        self.final.rename(self._aside)
         self.folder.rename(self.final)
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def _remove_earlier(self) -> None:
+        """Remove what came before, latest first: a gap would hide the attempts behind it."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+        for number in range(self.number - 1, 0, -1):
+            shutil.rmtree(_attempt_folder(self.final, number), ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _attempt_folder(final: Path, number: int) -> Path:
@@ -140,10 +164,10 @@ class TaskFolders:
         folder = self.root / destination.path
         if folder.name != task_id:
             folder = folder / task_id
-        if not any(_is_within(folder, allowed) for allowed in self._allowed):
+        if not any(map(_is_visible, (_steps_below(folder, place) for place in self._allowed))):
             raise ContractError(
                 f"spec.output.destination.path {destination.path!r} must lie in RESULTS_DIR or in "
-                "a folder of FLOWMESH_ALLOWED_DIRS",
+                "a folder of FLOWMESH_ALLOWED_DIRS, and no part of it may begin with '.'",
                 where=f"task {task_id}",
             )
         return folder
@@ -162,7 +186,7 @@ class TaskFolders:
             _make_folder(folder)
             for name in _ALWAYS:
                 os.mkdir(folder / name)  # noqa: PTH102 - the hot path of every task
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: no name for a file system
             raise ArtifactError(f"task {task_id}: cannot create {final}: {exc}") from exc
         return Attempt(
             task_id=task_id, number=number, folder=folder, final=final, previous=previous
@@ -175,14 +199,31 @@ class TaskFolders:
         return folder / "worker.log"
 
 
+def _is_visible(steps: tuple[str, ...]) -> bool:
+    """Whether there are steps and none is hidden: attempts and logs are, and are not to be hit."""
+    return bool(steps) and not any(step.startswith(".") for step in steps)
+
+
 def _next_attempt(final: Path) -> tuple[int, Path | None]:
     """Return the number of the next attempt and what the latest one before it left."""
+    there = _is_folder(final)
     number = 1
-    while _attempt_folder(final, number).exists():
+    # A run after a whole one begins at 2, so the first folder may be missing.
+    while any(_attempt_folder(final, n).exists() for n in (number, number + 1)):
         number += 1
     if number > 1:
         return number, _attempt_folder(final, number - 1)
-    return (2, final) if final.exists() else (1, None)
+    return (2, final) if there else (1, None)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISDIR(mode):
+        raise FileExistsError(f"{path} is there already and is no folder")
+    return True
 
 
 def _make_folder(folder: Path) -> None:

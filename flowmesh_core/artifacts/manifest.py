@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME
@@ -41,10 +41,10 @@ def build_manifest(
     """
     now = utc_now()
     required = sorted({_normalise(name) for name in expected}.union(_EXPECTED) - {""})
-    present = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
-    others = sorted(present - set(required) - {MANIFEST_NAME})
     known = digests or {}
     try:
+        present = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
+        others = sorted(present - set(required) - {MANIFEST_NAME})
         entries = [
             _entry(folder, name, now, required=name in required, digest=known.get(name))
             for name in (*required, *others)
@@ -76,7 +76,7 @@ def _entry(
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": name, "path": name, "type": _kind(name), "required": required}
     path = folder / name
-    if not _is_ours(path, folder):
+    if not _is_visible(name) or not _is_ours(path, folder):
         return {**entry, "status": "missing"}
     entry.update(status="present", updated_at=now)
     if path.is_dir():
@@ -84,8 +84,14 @@ def _entry(
         size = sum(item.stat().st_size for item in files)
         return {**entry, "size": size, "file_count": len(files)}
     entry["size"] = path.stat().st_size
-    entry["sha256"] = digest or _sha256(path)
+    if path.is_file():  # a pipe would wait for its writer
+        entry["sha256"] = digest or _sha256(path)
     return entry
+
+
+def _is_visible(name: str) -> bool:
+    """Whether the name is of the task's content: what begins with a dot ends with the attempt."""
+    return not name.startswith(".") and ".." not in PurePosixPath(name).parts
 
 
 def _is_ours(path: Path, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from flowmesh_core.specs import Postprocess
 
 __all__ = ["ArtifactPipeline"]
 
-# Above this many bytes, or with files beside the result, writing leaves the event loop.
+# Above this many bytes the result is written on a thread.
 _LARGE_BYTES = 1 << 18
 
 
@@ -63,11 +63,22 @@ class ArtifactPipeline:
         for artifact in artifacts:
             await self._ship(task, attempt, artifact, result)
         body = _encode(task, result)
-        if len(body) > _LARGE_BYTES or len(os.listdir(attempt.folder)) > 2:  # noqa: PTH208 - hot path
-            await asyncio.to_thread(self._write, task, attempt, body)
-        else:
-            self._write(task, attempt, body)
+        try:
+            if self._takes_long(task, attempt, body):
+                await asyncio.to_thread(self._write, task, attempt, body)
+            else:
+                self._write(task, attempt, body)
+        except OSError as exc:
+            raise ArtifactError(
+                f"task {task.task_id}: cannot write {attempt.final}: {exc}", retriable=True
+            ) from exc
         return result
+
+    def _takes_long(self, task: Task, attempt: Attempt, body: bytes) -> bool:
+        """Whether writing syncs, may hash files or is much, and so must leave the event loop."""
+        if self._fsync or task.common.output.artifacts or len(body) > _LARGE_BYTES:
+            return True
+        return len(os.listdir(attempt.folder)) > 2  # noqa: PTH208 - the hot path of every task
 
     async def deliver(self, task: Task, result: Mapping[str, Any]) -> None:
         """Hand a written result to the task's destination.
@@ -118,13 +129,8 @@ class ArtifactPipeline:
             expected=task.common.output.artifacts,
             digests={RESULT_NAME: hashlib.sha256(body).hexdigest()},
         )
-        try:
-            attempt.write(MANIFEST_NAME, encode_json(manifest), fsync=self._fsync)
-            attempt.commit(fsync=self._fsync)
-        except OSError as exc:
-            raise ArtifactError(
-                f"task {task.task_id}: cannot write {attempt.final}: {exc}", retriable=True
-            ) from exc
+        attempt.write(MANIFEST_NAME, encode_json(manifest), fsync=self._fsync)
+        attempt.commit(fsync=self._fsync)
 
 
 def _encode(task: Task, result: Mapping[str, Any]) -> bytes:

@@ -1,12 +1,13 @@
 """The place inside the worker's own process: a coroutine on its loop, a plain ``run`` in a thread.
 
 One engine per executor stays warm. Python cannot end a thread, so a plain ``run`` that ignores
-``ctx.cancelled`` goes on after its task was given up.
+``ctx.cancelled`` goes on after its task was given up; the next task then gets a fresh engine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -42,13 +43,23 @@ def _sorted(value: Any) -> Any:
     return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
+class _AbandonedError(asyncio.CancelledError):
+    """The task was cancelled while a thread still works for it, and keeps the executor busy."""
+
+
 @attrs.define(eq=False)
 class _Engine:
-    executor: Executor
+    """What agrees on one key; ``executor`` is None until it is loaded, and again without it."""
+
     concurrent: bool
+    executor: Executor | None = None
     users: int = 0
-    loaded: bool = False
     turn: asyncio.Lock = attrs.field(factory=asyncio.Lock)
+
+    async def unload(self) -> None:
+        executor, self.executor = self.executor, None
+        if executor is not None:
+            await asyncio.to_thread(_unload, executor)
 
 
 class InlinePlace(Place):
@@ -63,68 +74,95 @@ class InlinePlace(Place):
         key = (info.name, engine_key(info, ctx.raw_spec))
         engine = self._engines.get(key)
         if engine is None:
-            engine = self._engines[key] = self._create(info, ctx)
+            engine = self._engines[key] = _Engine(Capability.CONCURRENT in info.capabilities)
         engine.users += 1
         try:
-            if not engine.loaded or not engine.concurrent:
-                async with engine.turn:
-                    await self._load(key, engine, ctx)
-                    if not engine.concurrent:
-                        return await _call(engine.executor, ctx)
-            return await _call(engine.executor, ctx)
+            return await self._run(key, engine, info, ctx)
+        except _AbandonedError:
+            engine.executor = None
+            raise
+        except SystemExit as exc:
+            raise ExecutionError(f"the executor tried to end the process: {exc!r}") from exc
         finally:
             engine.users -= 1
 
-    def _create(self, info: ExecutorInfo, ctx: RunContext) -> _Engine:
-        executor = self.load_class(info)(ctx.settings)
-        return _Engine(executor, Capability.CONCURRENT in info.capabilities)
+    async def _run(
+        self, key: tuple[str, str], engine: _Engine, info: ExecutorInfo, ctx: RunContext
+    ) -> Outcome:
+        executor = engine.executor
+        if executor is None or not engine.concurrent:
+            async with engine.turn:
+                executor = engine.executor
+                if executor is None:
+                    await self._unload_idle(key)
+                    executor = engine.executor = await self._load(info, ctx)
+                if not engine.concurrent:
+                    return await _call(executor, ctx)
+        return await _call(executor, ctx)
 
-    async def _load(self, key: tuple[str, str], engine: _Engine, ctx: RunContext) -> None:
-        if engine.loaded:
-            return
-        await self._unload_idle(key)
-        if type(engine.executor).load is not Executor.load:
+    async def _load(self, info: ExecutorInfo, ctx: RunContext) -> Executor:
+        # The import may take seconds, and the loop has other tasks.
+        executor = await asyncio.to_thread(lambda: self.load_class(info)(ctx.settings))
+        if type(executor).load is not Executor.load:
             try:
-                await asyncio.to_thread(engine.executor.load, ctx)
-            except BaseException:
-                self._engines.pop(key, None)
-                await asyncio.to_thread(_unload, engine.executor)
+                await _on_thread(executor, executor.load, ctx)
+            except _AbandonedError:
                 raise
-        engine.loaded = True
+            except BaseException:
+                await asyncio.to_thread(_unload, executor)
+                raise
+        return executor
 
     async def _unload_idle(self, wanted: tuple[str, str]) -> None:
         """Free the engines that this executor holds for other keys and nobody uses."""
         for key, engine in list(self._engines.items()):
-            if key[0] == wanted[0] and key != wanted and not engine.users:
+            if key[0] != wanted[0] or key == wanted:
+                continue
+            if not engine.users:
+                async with engine.turn:  # a task that comes meanwhile waits, and loads again
+                    if not engine.users:
+                        await engine.unload()
+            if not engine.users and self._engines.get(key) is engine:
                 del self._engines[key]
-                await asyncio.to_thread(_unload, engine.executor)
 
     async def close(self) -> None:
         """Unload everything."""
         engines, self._engines = list(self._engines.values()), {}
         for engine in engines:
-            await asyncio.to_thread(_unload, engine.executor)
+            await engine.unload()
+
+
+async def _on_thread(
+    executor: Executor, method: Callable[[RunContext], Any], ctx: RunContext
+) -> Any:
+    """Call a method of the executor; a cancelled task leaves the executor to the thread's end."""
+    loop = asyncio.get_running_loop()
+    work = loop.run_in_executor(None, contextvars.copy_context().run, method, ctx)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if work.done():
+            raise
+        work.add_done_callback(lambda _work: loop.run_in_executor(None, _unload, executor))
+        raise _AbandonedError from None
 
 
 def _unload(executor: Executor) -> None:
     try:
         executor.unload()
-    except Exception:  # noqa: BLE001 - executor boundary: a failing unload must not fail the next task
+    except (Exception, SystemExit):  # noqa: BLE001 - executor boundary: the next task is not to blame
         _log.exception("executor %s: unload raised", type(executor).__name__)
 
 
 async def _answer(executor: Executor, ctx: RunContext) -> Any:
     if inspect.iscoroutinefunction(executor.run):
         return await executor.run(ctx)
-    answer: Any = await asyncio.to_thread(executor.run, ctx)
+    answer: Any = await _on_thread(executor, executor.run, ctx)
     return await answer if inspect.isawaitable(answer) else answer
 
 
 async def _call(executor: Executor, ctx: RunContext) -> Outcome:
-    try:
-        answer = await _answer(executor, ctx)
-    except SystemExit as exc:
-        raise ExecutionError(f"the executor tried to end the process: {exc!r}") from exc
+    answer = await _answer(executor, ctx)
     if isinstance(answer, Outcome):
         return answer
     if isinstance(answer, Mapping):

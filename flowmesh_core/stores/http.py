@@ -14,15 +14,18 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 from flowmesh_core.artifacts.network import NetworkPolicy, build_async_client
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Destination, encode_json
-from flowmesh_core.errors import UploadError
+from flowmesh_core.errors import ArtifactError, UploadError
 from flowmesh_core.stores.base import Store
 
 if TYPE_CHECKING:  # loaded when the first task is to be delivered
     import httpx
+
+    _Post = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 __all__ = ["HttpStore"]
 
@@ -45,7 +48,7 @@ class HttpStore(Store):
         self, task_id: str, path: Path, final: Path, destination: Destination
     ) -> dict[str, Any]:
         """Post one file; the timeout is per read and write, not for the whole file."""
-        url = f"{destination.url}/{task_id}/files"
+        url = _below(destination.url or "", task_id, "files")
         headers = {k: v for k, v in destination.headers.items() if k.lower() != "content-type"}
         timeout_s = destination.timeout_s or _FILE_TIMEOUT_S
 
@@ -60,7 +63,7 @@ class HttpStore(Store):
                 )
 
         await self._send(post, f"task {task_id}: upload of {path.name}", url)
-        address = f"{url}/{path.name}"
+        address = _below(destination.url or "", task_id, "files", path.name)
         return {
             "url": address,
             "download_url": address,
@@ -80,7 +83,9 @@ class HttpStore(Store):
             {"task_id": task_id, "result": result, "worker_id": self.settings.worker_id}
         )
         await self._pace(len(body))
-        headers = {"Content-Type": "application/json", **destination.headers}
+        headers = dict(destination.headers)
+        if not any(name.lower() == "content-type" for name in headers):
+            headers["Content-Type"] = "application/json"
 
         async def post(client: httpx.AsyncClient) -> httpx.Response:
             return await client.request(
@@ -99,34 +104,42 @@ class HttpStore(Store):
         if bandwidth:
             await asyncio.sleep(size_bytes / bandwidth)
 
-    async def _send(
-        self,
-        post: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]],
-        what: str,
-        url: str,
-    ) -> None:
+    async def _send(self, post: _Post, what: str, url: str) -> None:
+        what = f"{what} to {self._policy.mask_url(url)}"
+        tries = self.settings.delivery_retries + 1
+        for tried in range(1, tries + 1):
+            problem = await self._try(post, what)
+            if not problem:
+                return
+            _log.warning("%s failed, try %d of %d: %s", what, tried, tries, problem)
+            if tried < tries:
+                await asyncio.sleep(_pause_s(tried))
+        raise UploadError(f"{what} failed {tries} times, last: {problem}")
+
+    async def _try(self, post: _Post, what: str) -> str:
+        """Send once; return what went wrong and may pass, or the empty text."""
         import httpx  # noqa: PLC0415 - see the import block
 
         if self._client is None:
             self._client = build_async_client(self._policy)
-        shown = self._policy.mask_url(url)
-        for tried in range(self.settings.delivery_retries + 1):
-            if tried:
-                await asyncio.sleep(_pause_s(tried))
-            try:
-                response = await post(self._client)
-            except httpx.TransportError as exc:
-                problem = f"{type(exc).__name__}: {exc}"
-            else:
-                if response.status_code < 400:
-                    return
-                problem = f"HTTP {response.status_code}"
-                if response.status_code < 500 and response.status_code != 429:
-                    raise UploadError(f"{what} to {shown} was refused: {problem}", retriable=False)
-            _log.warning("%s to %s failed, try %d: %s", what, shown, tried + 1, problem)
-        raise UploadError(
-            f"{what} to {shown} failed {self.settings.delivery_retries + 1} times, last: {problem}"
-        )
+        hopeless = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
+        try:
+            response = await post(self._client)
+        except ArtifactError as exc:  # the operator's policy, in its own words
+            raise UploadError(f"{what} was not sent: {exc}", retriable=False) from exc
+        except (*hopeless, httpx.TooManyRedirects, UnicodeError) as exc:
+            # Without the text: it may quote a header that is a secret.
+            raise UploadError(
+                f"{what} cannot be sent: {type(exc).__name__}; look at url, method and headers of "
+                "spec.output.destination",
+                retriable=False,
+            ) from None
+        except (httpx.RequestError, OSError) as exc:
+            return f"{type(exc).__name__}: {exc}"
+        status = response.status_code
+        if 400 <= status < 500 and status != 429:
+            raise UploadError(f"{what} was refused: HTTP {status}", retriable=False)
+        return f"HTTP {status}" if status >= 400 else ""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -135,6 +148,13 @@ class HttpStore(Store):
             self._client = None
 
 
+def _below(url: str, *names: str) -> str:
+    """Append names to the path of a URL, whatever stands behind the path."""
+    parts = urlsplit(url)
+    path = "/".join([parts.path.rstrip("/"), *(quote(name, safe="") for name in names)])
+    return parts._replace(path=path).geturl()
+
+
 def _pause_s(tried: int) -> float:
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**tried)
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(tried, 20))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret

@@ -1,0 +1,34 @@
+"""What authors and operators test with; each name is loaded on first use.
+
+``run_task`` runs an executor without a queue; ``RedisServer``, ``WorkerProcess`` and
+``StandInOrchestrator`` are the real surroundings of a worker. The pytest fixtures of
+``flowmesh_core.testing.fixtures`` are there as soon as the package is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, as type checkers and readers see them
+    from flowmesh_core.testing.harness import TaskRun as TaskRun
+    from flowmesh_core.testing.harness import run_task as run_task
+    from flowmesh_core.testing.orchestrator import StandInOrchestrator as StandInOrchestrator
+    from flowmesh_core.testing.redis_server import RedisServer as RedisServer
+    from flowmesh_core.testing.worker_process import WorkerProcess as WorkerProcess
+
+__all__ = ["RedisServer", "StandInOrchestrator", "TaskRun", "WorkerProcess", "run_task"]
+
+_HOME = {
+    "RedisServer": "redis_server",
+    "StandInOrchestrator": "orchestrator",
+    "TaskRun": "harness",
+    "WorkerProcess": "worker_process",
+    "run_task": "harness",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -352,9 +352,19 @@ def test_a_signal_lets_the_task_end_and_unregisters(
     kinds = [kind for kind, _status in types_of(host)]
     assert kinds.index("TASK_SUCCEEDED") < kinds.index("UNREGISTER")
     assert not client.sismember("workers:ids", "w1")
-    assert not client.exists("worker:w1", "worker:w1:hb")
+    assert not client.exists("worker:w1:hb")
     farewell = next(e for e in host.events if e.get("type") == "UNREGISTER")
     assert {"cost_per_hour", "uptime_sec", "accrued_cost_usd"} <= set(farewell["payload"])
+
+
+def test_an_idle_worker_leaves_no_key_behind(
+    host: StandInOrchestrator, start_worker: StartWorker, client: redis.Redis
+) -> None:
+    worker = start_worker()
+    host.wait_workers(1)
+    host.wait_for(lambda: client.exists("worker:w1", "worker:w1:hb") == 2)
+    assert worker.stop() == 0
+    assert not client.exists("worker:w1", "worker:w1:hb", "workers:ids")
 
 
 def test_a_task_that_outlasts_the_drain_is_given_back_as_retriable(

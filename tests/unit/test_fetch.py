@@ -87,12 +87,14 @@ def new_site() -> Iterator[Callable[[], Site]]:
     servers: list[ThreadingHTTPServer] = []
 
     def start() -> Site:
-        handler = type("Handler", (_Handler,), {})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        handler.site = Site(f"http://127.0.0.1:{server.server_port}")
+        class Handler(_Handler):
+            pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        Handler.site = Site(f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
-        return handler.site
+        return Handler.site
 
     yield start
     for server in servers:
@@ -226,6 +228,15 @@ def test_encoding_that_was_not_asked_for_is_undone(
     site.headers["Content-Encoding"] = "gzip"
     assert fetcher.download(f"{site.url}/x", tmp_path).read_bytes() == b"text"
     assert site.seen[0]["accept-encoding"] == "identity"
+
+
+def test_encoded_download_that_was_cut_is_never_resumed(
+    site: Site, fetcher: Fetcher, tmp_path: Path
+) -> None:
+    site.content, site.script = gzip.compress(CONTENT), ["cut"]
+    site.headers["Content-Encoding"] = "gzip"
+    assert fetcher.download(f"{site.url}/x", tmp_path).read_bytes() == CONTENT
+    assert "range" not in site.seen[1]
 
 
 @pytest.mark.parametrize("announced", [True, False])

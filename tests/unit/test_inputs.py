@@ -887,9 +887,9 @@ def test_gguf_adapter_is_a_file_or_the_only_one_of_a_folder(bench: Bench, tmp_pa
 
 
 def test_shallowest_adapter_is_the_root(bench: Bench, tmp_path: Path) -> None:
-    _write(tmp_path / "x/a/b/adapter_config.json")
-    _write(tmp_path / "x/z/adapter_config.json")
-    assert bench.adapters({"path": str(tmp_path / "x")})[0].path == tmp_path / "x/z"
+    for place in ("a/deep", "m", "z/deep"):
+        _write(tmp_path / "x" / place / "adapter_config.json")
+    assert bench.adapters({"path": str(tmp_path / "x")})[0].path == tmp_path / "x/m"
 
 
 @pytest.mark.parametrize(

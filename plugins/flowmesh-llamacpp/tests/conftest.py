@@ -16,7 +16,8 @@ from flowmesh_llamacpp.spec import LlamacppSpec
 from flowmesh_core import Inputs, ModelRef, RowSource, RunContext
 
 Contexts = Callable[..., RunContext]
-SMALL = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 256, "warmup": False}
+# one thread: quick enough, and not slowed down by whatever else runs on the machine
+SMALL = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 256, "warmup": False, "n_threads": 1}
 
 
 @pytest.fixture(scope="session")

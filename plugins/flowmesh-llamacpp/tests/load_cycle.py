@@ -16,7 +16,7 @@ _MIB = 1024 * 1024
 def main(weights: Path) -> None:
     report = {"before_mib": resident_mib()}
     for _ in range(3):
-        engine = LlamaEngine(weights, LlamacppOptions(n_ctx=512, n_parallel=2))
+        engine = LlamaEngine(weights, LlamacppOptions(n_ctx=2048, n_threads=1))
         answer = engine.complete({"prompt": "Hello", "max_tokens": 4}, stopped=lambda: False)
         report["ports"], report["loaded_mib"] = listening_ports(), resident_mib()
         engine.close()

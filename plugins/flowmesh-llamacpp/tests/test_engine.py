@@ -28,9 +28,9 @@ QUESTIONS = [
     "Name three colours.",
     "What is 2+2?",
     "Who wrote Hamlet?",
-    "How do I cook rice? " * 20,
+    "How do I cook rice? " * 14,
     "Why is the sky blue?",
-    "Explain gravity briefly. " * 8,
+    "Explain gravity briefly.",
     "Wie heißt du? 🦄",
 ]
 PERSON = {
@@ -142,12 +142,12 @@ def test_a_cut_down_to_one_token_is_greedy(ask: Any, narrow: Any) -> None:
     [{"repetition_penalty": 1.8}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}],
 )
 def test_each_penalty_is_felt(ask: Any, penalty: Any) -> None:
-    prompt = ["la la la la la la la la la la la la"]
+    prompt = ["1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,"]
     plain = {"temperature": 0, "prompt_format": "plain", "max_tokens": 24}
     chant = outputs(ask(prompt, **plain))[0]
     varied = outputs(ask(prompt, **plain, **penalty))[0]
-    assert chant.split().count("la") > 10
-    assert varied.split().count("la") < chant.split().count("la")
+    assert chant.count("1,") == 8
+    assert varied.count("1,") < chant.count("1,")
 
 
 def test_the_system_prompt_replaces_the_templates_own(ask: Any) -> None:
@@ -202,11 +202,12 @@ def test_a_schema_that_cannot_be_compiled_is_an_error_not_a_free_answer(ask: Any
 
 
 def test_characters_of_several_tokens_stay_whole(ask: Any) -> None:
-    prompt = "🦄 日本語 é 🦄 日本語 é 🦄 日本語 é"
-    (item,) = ask([prompt], prompt_format="plain", temperature=0, max_tokens=24).items
-    assert "日本語" in item.output
-    assert "\ufffd" not in item.output
-    assert item.prompt == prompt
+    text = "日本語 🦄 é"
+    schema = {"type": "json_schema", "schema": {"enum": [text]}}
+    (item,) = ask([text], response_format=schema, prompt_format="plain", max_tokens=40).items
+    assert json.loads(item.output) == item.prompt == text
+    cut = ask([text], response_format=schema, max_tokens=4).items[0]
+    assert text.startswith(cut.output.strip('"'))
 
 
 def test_an_empty_prompt_is_answered_in_chat_and_refused_in_plain(ask: Any) -> None:
@@ -275,7 +276,7 @@ def test_every_option_is_taken(
     options = {
         "n_ctx": 0,
         "n_parallel": 1,
-        "n_threads": 1,
+        "n_threads": 2,
         "flash_attn": True,
         "cache_type_k": "q8_0",
         "cache_type_v": "q4_0",
@@ -285,7 +286,7 @@ def test_every_option_is_taken(
         "chat_template": "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
     }
     executor = open_executor(weights=weights, options=options)
-    ctx = make_context(["hello " * 3000], weights, options=options, max_tokens=2)
+    ctx = make_context(["hello " * 600], weights, options=options, max_tokens=2)
     (item,) = asyncio.run(executor.run(ctx))["items"]
     assert item["prompt"].startswith("[user] hello hello")
 
@@ -304,7 +305,7 @@ def test_layers_on_a_gpu_that_is_not_there_are_an_error(open_executor: Any, weig
 
     if len(xllamacpp.get_device_info()) > 1:
         pytest.skip("this build sees a GPU")
-    with pytest.raises(ExecutorUnavailableError, match="n_gpu_layers is 9, .* sees no GPU"):
+    with pytest.raises(ExecutorUnavailableError, match=r"n_gpu_layers is 9, .* sees no GPU"):
         open_executor(weights=weights, options={"n_gpu_layers": 9})
 
 
@@ -316,5 +317,5 @@ def test_loading_is_silent_opens_no_port_and_leaves_memory_as_it_was(weights: Pa
     report = json.loads(done.stdout)
     assert done.stderr == ""
     assert report["ports"] == 0
-    assert report["loaded_mib"] - report["before_mib"] > 80
-    assert report["after_mib"] - report["before_mib"] < 60
+    assert report["loaded_mib"] - report["before_mib"] > 250
+    assert report["after_mib"] - report["before_mib"] < 100

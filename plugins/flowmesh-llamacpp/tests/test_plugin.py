@@ -30,6 +30,7 @@ def test_only_what_was_measured_is_promised() -> None:
     (info,) = plugin.flowmesh_register_executors()
     assert info.capabilities == {Capability.CPU, Capability.CONCURRENT}
     assert info.model_formats == {"gguf"}
+    assert "OMP_WAIT_POLICY" in info.variables
 
 
 def test_declaring_checking_and_importing_the_executor_load_no_engine() -> None:

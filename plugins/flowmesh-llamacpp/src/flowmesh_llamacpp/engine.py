@@ -198,7 +198,8 @@ def _build_params(path: Path, options: LlamacppOptions, context_tokens: int) -> 
     params.n_parallel = options.n_parallel
     params.n_ctx = context_tokens * options.n_parallel
     params.n_batch, params.n_ubatch = options.n_batch, options.n_ubatch
-    threads = options.n_threads or len(os.sched_getaffinity(0))
+    # its threads wait by spinning: one too many for the machine slows it down twentyfold
+    threads = options.n_threads or max(1, len(os.sched_getaffinity(0)) - 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = _usable_gpu_layers(options.n_gpu_layers)
     params.flash_attn_type = xllamacpp.llama_flash_attn_type(int(options.flash_attn))

@@ -27,6 +27,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
             spec="flowmesh_llamacpp.spec:LlamacppSpec",
             inputs={"rows", "model", "adapters", "checkpoint"},
             model_formats={"gguf"},
+            variables=["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"],
             engine_key=ENGINE_KEY,
             group_key=ENGINE_KEY,  # sampling belongs to each prompt, so that any members agree
         )

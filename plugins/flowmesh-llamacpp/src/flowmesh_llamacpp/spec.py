@@ -23,7 +23,8 @@ class LlamacppOptions(StrictBlock):
         n_batch: Prompt tokens that one step takes; a cancel waits for at most one step.
         n_ubatch: Prompt tokens that one computation takes; at most ``n_batch``.
         n_parallel: Slots: prompts that are answered at once. Memory for context grows with it.
-        n_threads: Threads of computation; without it, the CPUs that the process may use.
+        n_threads: Threads of computation; without it, all CPUs that the process may use but one.
+            They must have their CPUs to themselves.
         n_gpu_layers: Layers on a GPU; needs an xllamacpp that was built for one.
         flash_attn: Flash attention. Off by default: on a CPU it makes an answer depend on the
             prompts beside it.

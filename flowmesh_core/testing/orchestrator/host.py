@@ -21,17 +21,17 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from flowmesh_core.testing.orchestrator_http import HttpRequest, OrchestratorHttp
-from flowmesh_core.testing.orchestrator_messages import MessageBuilder
-from flowmesh_core.testing.orchestrator_results import ResultStore, now
-from flowmesh_core.testing.orchestrator_rules import (
+from flowmesh_core.testing.orchestrator.http import HttpRequest, OrchestratorHttp
+from flowmesh_core.testing.orchestrator.messages import MessageBuilder
+from flowmesh_core.testing.orchestrator.results import ResultStore, now
+from flowmesh_core.testing.orchestrator.rules import (
     NotReadyError,
     deep_merge,
     merge_key,
     walk,
 )
-from flowmesh_core.testing.orchestrator_tasks import MAX_ATTEMPTS, TaskRecord, TaskTable
-from flowmesh_core.testing.orchestrator_workers import WORKER_EVENTS, WorkerTable, parse_object
+from flowmesh_core.testing.orchestrator.tasks import MAX_ATTEMPTS, TaskRecord, TaskTable
+from flowmesh_core.testing.orchestrator.workers import WORKER_EVENTS, WorkerTable, parse_object
 
 __all__ = ["StandInOrchestrator"]
 

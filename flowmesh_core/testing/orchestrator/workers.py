@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from flowmesh_core.testing.orchestrator_results import now
-from flowmesh_core.testing.orchestrator_rules import fits, strength
+from flowmesh_core.testing.orchestrator.results import now
+from flowmesh_core.testing.orchestrator.rules import fits, strength
 
 __all__ = ["WORKER_EVENTS", "WorkerTable", "parse_object"]
 

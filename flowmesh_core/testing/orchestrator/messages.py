@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowmesh_core.testing.orchestrator_results import ResultStore, now
-from flowmesh_core.testing.orchestrator_rules import NotReadyError, render, walk
-from flowmesh_core.testing.orchestrator_tasks import TaskRecord, TaskTable
+from flowmesh_core.testing.orchestrator.results import ResultStore, now
+from flowmesh_core.testing.orchestrator.rules import NotReadyError, render, walk
+from flowmesh_core.testing.orchestrator.tasks import TaskRecord, TaskTable
 
 __all__ = ["MessageBuilder"]
 

@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import attrs
 
-from flowmesh_core.testing.orchestrator_body import Body, BodyError, Multipart
-from flowmesh_core.testing.orchestrator_results import ResultStore, now
+from flowmesh_core.testing.orchestrator.body import Body, BodyError, Multipart
+from flowmesh_core.testing.orchestrator.results import ResultStore, now
 
 __all__ = ["HttpRequest", "OrchestratorHttp"]
 

@@ -1,0 +1,7 @@
+"""A stand-in for the earlier orchestrator: what a worker can observe of it, unfriendly parts too."""
+
+from flowmesh_core.testing.orchestrator.host import StandInOrchestrator
+from flowmesh_core.testing.orchestrator.http import HttpRequest
+from flowmesh_core.testing.orchestrator.tasks import TaskRecord
+
+__all__ = ["HttpRequest", "StandInOrchestrator", "TaskRecord"]

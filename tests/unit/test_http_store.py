@@ -1,0 +1,450 @@
+from __future__ import annotations
+
+import asyncio
+import email
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import pytest
+
+from flowmesh_core.artifacts.layout import TaskFolders
+from flowmesh_core.artifacts.pipeline import ArtifactPipeline
+from flowmesh_core.config import Settings
+from flowmesh_core.contract import Destination, parse_task
+from flowmesh_core.errors import UploadError
+from flowmesh_core.executor import Outcome
+from flowmesh_core.stores import http as http_store
+from flowmesh_core.stores.http import HttpStore
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    def file_part(self) -> tuple[str, str | None, str, bytes]:
+        """Return field name, file name, type and content of the one part of a multipart body."""
+        head = f"Content-Type: {self.headers['content-type']}\r\n\r\n".encode()
+        parts = email.message_from_bytes(head + self.body).get_payload()
+        assert isinstance(parts, list)
+        (part,) = parts
+        assert isinstance(part, email.message.Message)
+        name = part.get_param("name", header="content-disposition")
+        content = part.get_payload(decode=True)
+        assert isinstance(content, bytes)
+        return str(name), part.get_filename(), part.get_content_type(), content
+
+
+class Receiver:
+    """A real HTTP server that notes each request and answers as it is told, then with 200."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.answers: list[int] = []
+        self.location = ""
+        self.delay_s = 0.0
+        self.keep_bodies = True
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.origin}/api/v1/results"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def _handler(receiver) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self._body()
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                assert len(headers) == len(self.headers.items()), "a header came twice"
+                receiver.requests.append(Request(self.command, self.path, headers, body))
+                time.sleep(receiver.delay_s)
+                self.send_response(receiver.answers.pop(0) if receiver.answers else 200)
+                if receiver.location:
+                    self.send_header("Location", receiver.location)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            do_PUT = do_GET = do_POST  # noqa: N815 - the library's names
+
+            def _body(self) -> bytes:
+                left, kept = int(self.headers.get("Content-Length", 0)), bytearray()
+                while left:
+                    chunk = self.rfile.read(min(left, 1 << 16))
+                    left -= len(chunk)
+                    if receiver.keep_bodies:
+                        kept += chunk
+                return bytes(kept)
+
+            def log_message(self, *_args: Any) -> None:
+                """Be quiet."""
+
+        return Handler
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_store, "_FIRST_PAUSE_S", 0.001)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "final_model.tar.gz"
+    path.write_bytes(bytes(range(256)) * 50)
+    return path
+
+
+def run(work: Callable[[HttpStore], Awaitable[T]], **settings: Any) -> T:
+    async def main() -> T:
+        store = HttpStore(Settings(worker_id="w1", delivery_retries=2, **settings))
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+            await store.close()
+
+    return asyncio.run(main())
+
+
+def deliver(url: str, result: Any = None, *, settings: Any = None, **destination: Any) -> None:
+    there = Destination.model_validate({"type": "http", "url": url, **destination})
+    run(lambda store: store.deliver("t1", result or {}, there), **(settings or {}))
+
+
+def upload(url: str, path: Path, *, settings: Any = None, **destination: Any) -> dict[str, Any]:
+    there = Destination.model_validate({"type": "http", "url": url, **destination})
+    work = run(lambda store: store.upload("t1", path, path, there), **(settings or {}))
+    assert isinstance(work, dict)
+    return work
+
+
+def refused_url() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/results"
+
+
+def test_a_result_is_posted_as_the_contract_has_it(receiver: Receiver) -> None:
+    result = {"ok": True, "text": "grün", "loss": float("nan")}
+    deliver(receiver.url, result, headers={"X-Team": "a"})
+    (request,) = receiver.requests
+    assert (request.method, request.path) == ("POST", "/api/v1/results")
+    assert request.headers["content-type"] == "application/json"
+    assert request.headers["x-team"] == "a"
+    assert "authorization" not in request.headers
+    assert json.loads(request.body) == {
+        "task_id": "t1",
+        "result": {"ok": True, "text": "grün", "loss": None},
+        "worker_id": "w1",
+    }
+
+
+def test_url_and_method_are_taken_as_they_are(receiver: Receiver) -> None:
+    deliver(f"{receiver.origin}/x/?a=1&b=%20", method="put")
+    assert [(r.method, r.path) for r in receiver.requests] == [("PUT", "/x/?a=1&b=%20")]
+
+
+def test_the_documents_content_type_replaces_ours(receiver: Receiver) -> None:
+    deliver(receiver.url, headers={"content-type": "application/x-json"})
+    assert receiver.requests[0].headers["content-type"] == "application/x-json"
+
+
+def test_a_file_goes_as_one_multipart_field_beside_the_result(
+    receiver: Receiver, file: Path
+) -> None:
+    told = upload(receiver.url, file, headers={"Content-Type": "text/x", "X-Team": "a"})
+    (request,) = receiver.requests
+    assert (request.method, request.path) == ("POST", "/api/v1/results/t1/files")
+    assert request.headers["content-type"].startswith("multipart/form-data; boundary=")
+    assert request.headers["x-team"] == "a"
+    name, filename, kind, content = request.file_part()
+    assert (name, filename) == ("file", "final_model.tar.gz")
+    assert kind == "application/octet-stream"
+    assert content == file.read_bytes()
+    address = f"{receiver.url}/t1/files/final_model.tar.gz"
+    assert told == {
+        **dict.fromkeys(("url", "download_url", "path"), address),
+        "uploaded": True,
+        "artifact_name": "final_model.tar.gz",
+        "host_path": "artifacts/final_model.tar.gz",
+        "download_timeoutSec": 30.0,
+    }
+
+
+def test_the_address_of_a_file_keeps_query_and_quotes_the_name(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    path = tmp_path / "a b?#%.jsonl"
+    path.write_text("{}\n")
+    told = upload(f"{receiver.url}/?key=1", path, timeoutSec=7)
+    assert receiver.requests[0].path == "/api/v1/results/t1/files?key=1"
+    assert receiver.requests[0].file_part()[1] == "a b?#%.jsonl"
+    assert told["url"] == f"{receiver.url}/t1/files/a%20b%3F%23%25.jsonl?key=1"
+    assert told["download_timeoutSec"] == 7
+
+
+def test_an_export_over_http_has_every_key_of_the_contract(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    spec = {
+        "taskType": "inference",
+        "output": {"destination": {"type": "http", "url": receiver.url}},
+        "postprocess": {"jsonl_export": {"path": "out.jsonl", "fields": {"text": "output"}}},
+    }
+    task = parse_task({"spec": spec}, task_id="t1")
+    attempt = TaskFolders(tmp_path).begin("t1", task.destination)
+
+    async def finish(store: HttpStore) -> None:
+        pipeline = ArtifactPipeline(lambda _kind: store)
+        outcome = Outcome(result={"items": [{"output": "hi"}]})
+        await pipeline.deliver(task, await pipeline.finish(task, attempt, outcome))
+
+    run(finish)
+    files, result = receiver.requests
+    assert files.path == "/api/v1/results/t1/files"
+    assert files.file_part()[3] == b'{"text": "hi"}\n'
+    address = f"{receiver.url}/t1/files/out.jsonl"
+    block = json.loads(result.body)["result"]["jsonl_export"]
+    assert block == {
+        **dict.fromkeys(("path", "url", "download_url"), address),
+        "worker_path": str(tmp_path / "t1" / "out.jsonl"),
+        "relative_path": "out.jsonl",
+        "record_count": 1,
+        "fields": ["text"],
+        "uploaded": True,
+        "artifact_name": "out.jsonl",
+        "host_path": "artifacts/out.jsonl",
+        "download_timeoutSec": 30.0,
+    }
+
+
+@pytest.mark.parametrize("bad", [500, 503, 429])
+def test_a_passing_failure_costs_tries_and_not_the_task(receiver: Receiver, bad: int) -> None:
+    receiver.answers = [bad, bad, 200]
+    deliver(receiver.url, {"a": 1})
+    assert len(receiver.requests) == 3
+    assert len({request.body for request in receiver.requests}) == 1
+
+
+def test_a_file_is_sent_whole_again_after_a_failure(receiver: Receiver, file: Path) -> None:
+    receiver.answers = [502, 200]
+    upload(receiver.url, file)
+    assert [request.file_part()[3] for request in receiver.requests] == [file.read_bytes()] * 2
+
+
+def test_failures_that_do_not_pass_end_after_the_tries_and_may_be_retried_later(
+    receiver: Receiver,
+) -> None:
+    receiver.answers = [500, 502, 503, 200]
+    with pytest.raises(
+        UploadError, match=r"task t1: delivery of the result to http.* failed 3 times, last: .*503"
+    ) as caught:
+        deliver(receiver.url)
+    assert caught.value.retriable
+    assert len(receiver.requests) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_a_refusal_fails_at_once_and_for_good(receiver: Receiver, status: int) -> None:
+    receiver.answers = [status]
+    with pytest.raises(UploadError, match=rf"was refused: HTTP {status}$") as caught:
+        deliver(receiver.url)
+    assert not caught.value.retriable
+    assert len(receiver.requests) == 1
+
+
+def test_nobody_listening_is_tried_again_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    url = refused_url()
+    with pytest.raises(UploadError, match=rf"{url} failed 3 times, last: ConnectError") as caught:
+        deliver(url)
+    assert caught.value.retriable
+    tries = [r.args for r in caplog.records if r.name == http_store.__name__]
+    assert [args[1:3] for args in tries if isinstance(args, tuple)] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_server_that_does_not_answer_in_time_is_tried_again(receiver: Receiver) -> None:
+    receiver.delay_s = 0.6
+    with pytest.raises(UploadError, match="failed 3 times, last: ReadTimeout") as caught:
+        deliver(receiver.url, timeoutSec=0.1)
+    assert caught.value.retriable
+    assert len(receiver.requests) == 3
+
+
+def test_pauses_grow_and_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_store, "_FIRST_PAUSE_S", 0.2)
+    pauses = [http_store._pause_s(tried) for tried in (1, 3, 5, 60, 5000)]
+    for pause_s, longest_s in zip(pauses, (0.4, 1.6, 6.4, 10.0, 10.0), strict=True):
+        assert longest_s / 2 <= pause_s <= longest_s
+
+
+@pytest.mark.parametrize(
+    "destination",
+    [
+        {"url": "http://xn--/results"},
+        {"headers": {"X-Key": "s3cret\nX-Other: 1"}},
+        {"headers": {"X-Key": "s3crët"}},
+        {"method": "PO ST"},
+    ],
+)
+def test_a_request_that_can_never_be_sent_fails_at_once_without_telling_secrets(
+    receiver: Receiver, destination: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UploadError, match=r"task t1: .*(cannot be|was not) sent") as caught:
+        deliver(**{"url": receiver.url, **destination})
+    assert not caught.value.retriable
+    assert "s3cr" not in str(caught.value) + caplog.text
+    assert receiver.requests == []
+
+
+def test_a_host_that_the_operator_does_not_allow_is_never_asked(
+    receiver: Receiver, file: Path
+) -> None:
+    with pytest.raises(UploadError, match=r"was not sent: .*FLOWMESH_HTTP_ALLOW") as caught:
+        upload(receiver.url, file, settings={"http_allow": ("example.org",)})
+    assert not caught.value.retriable
+    assert receiver.requests == []
+
+
+def test_the_token_goes_to_the_orchestrators_origin_alone(
+    receiver: Receiver, elsewhere: Receiver, file: Path
+) -> None:
+    settings = {"orchestrator_base_url": receiver.origin, "orchestrator_token": "t0ken"}
+    for url in (receiver.url, elsewhere.url, receiver.url.replace("127.0.0.1", "localhost")):
+        deliver(url, settings=settings)
+        upload(url, file, settings=settings)
+    told = [request.headers.get("authorization") for request in receiver.requests]
+    assert told == ["Bearer t0ken", "Bearer t0ken", None, None]
+    assert [r.headers.get("authorization") for r in elsewhere.requests] == [None, None]
+
+
+def test_the_documents_own_authorization_wins(receiver: Receiver) -> None:
+    settings = {"orchestrator_base_url": receiver.origin, "orchestrator_token": "t0ken"}
+    deliver(receiver.url, settings=settings, headers={"authorization": "Basic abc"})
+    assert receiver.requests[0].headers["authorization"] == "Basic abc"
+
+
+def test_a_redirect_keeps_the_body_and_takes_no_credentials_elsewhere(
+    receiver: Receiver, elsewhere: Receiver
+) -> None:
+    receiver.answers, receiver.location = [307], elsewhere.url
+    settings = {"orchestrator_base_url": receiver.origin, "orchestrator_token": "t0ken"}
+    deliver(receiver.url, {"a": 1}, settings=settings, headers={"X-Key": "k"})
+    (request,) = elsewhere.requests
+    assert json.loads(request.body)["result"] == {"a": 1}
+    assert not {"authorization", "x-key"} & request.headers.keys()
+    assert receiver.requests[0].headers["authorization"] == "Bearer t0ken"
+
+
+def test_a_redirect_that_would_lose_the_body_is_a_refusal(receiver: Receiver) -> None:
+    receiver.answers, receiver.location = [302], f"{receiver.origin}/login"
+    with pytest.raises(UploadError, match=r"was redirected to .*/login as GET") as caught:
+        deliver(receiver.url)
+    assert not caught.value.retriable
+    assert len(receiver.requests) == 1
+
+
+def test_signed_urls_and_passwords_appear_in_no_error_and_no_log(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    receiver.answers = [500, 400]
+    url = receiver.url.replace("//", "//user:passw0rd@") + "?sig=s1gnature#fr4gment"
+    with pytest.raises(UploadError, match=r"/api/v1/results\?sig=\*\*\*") as caught:
+        deliver(url, settings={"orchestrator_token": "t0ken"}, headers={"X-Key": "k3y"})
+    ours = [r.getMessage() for r in caplog.records if not r.name.startswith("httpcore")]
+    shown = f"{caught.value} {' '.join(ours)}"
+    assert "try 1 of 3" in shown
+    for secret in ("passw0rd", "s1gnature", "fr4gment", "t0ken", "k3y"):
+        assert secret not in shown
+    assert receiver.requests[0].path.endswith("?sig=s1gnature")
+
+
+def test_delivery_takes_as_long_as_the_operator_says_the_link_does(receiver: Receiver) -> None:
+    started = time.monotonic()
+    deliver(
+        receiver.url, {"text": "x" * 20_000}, settings={"network_bandwidth_bytes_per_s": 50_000.0}
+    )
+    assert time.monotonic() - started >= 0.4
+    assert len(receiver.requests) == 1
+
+
+UPLOAD_LARGE = """
+import asyncio, resource, sys
+from pathlib import Path
+from flowmesh_core.config import Settings
+from flowmesh_core.contract import Destination
+from flowmesh_core.stores.http import HttpStore
+
+async def main():
+    store = HttpStore(Settings())
+    there = Destination(type="http", url=sys.argv[1])
+    small, large = map(Path, sys.argv[2:])
+    await store.upload("t1", small, small, there)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    await store.upload("t1", large, large, there)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_large_file_is_streamed_and_not_held_in_memory(
+    receiver: Receiver, file: Path, tmp_path: Path
+) -> None:
+    receiver.keep_bodies = False
+    large = tmp_path / "large.bin"
+    with large.open("wb") as handle:
+        handle.truncate(20_000_000)
+    done = subprocess.run(
+        [sys.executable, "-c", UPLOAD_LARGE, receiver.url, str(file), str(large)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(receiver.requests[1].headers["content-length"]) > 20_000_000
+    assert int(done.stdout) < 4_000, "peak memory grew by that many KiB"
