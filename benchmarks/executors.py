@@ -85,7 +85,7 @@ def open_executor(spec: LlamacppSpec, weights: Path, prompts: list[str]) -> Iter
         executor.load(ctx)
 
         def answer() -> tuple[int, list[str]]:
-            result: Any = asyncio.run(executor.run(ctx))  # type: ignore[arg-type]
+            result: Any = asyncio.run(executor.run(ctx))
             texts = [item["output"] for item in result["items"]]
             return result["usage"]["completion_tokens"], texts
 

@@ -15,7 +15,7 @@ from flowmesh_core.config import Settings
 from flowmesh_core.contract import decode_json, encode_json, parse_task, utc_now
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.events import TASK_FAILED, TASK_SUCCEEDED, TaskEvent, WorkerEvent
-from flowmesh_core.plugins import ExecutorRegistry, Plugins
+from flowmesh_core.plugins import Plugins
 from flowmesh_core.transports.local import LocalTransport
 from flowmesh_core.worker import Worker
 from flowmesh_core.workflow import (
@@ -88,11 +88,6 @@ class LocalRun:
         self._events: asyncio.Queue[TaskEvent] = asyncio.Queue()
         self._rendered: dict[str, Mapping[str, Any]] = {}
         self._cancelled = False
-
-    @property
-    def registry(self) -> ExecutorRegistry:
-        """The executors that the run can use."""
-        return self._worker.registry
 
     async def run(self) -> list[StageReport]:
         """Run all tasks; return one report for each, in the workflow's order."""

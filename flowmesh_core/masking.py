@@ -8,7 +8,11 @@ from typing import Any
 
 __all__ = ["SecretMask", "mask_sensitive"]
 
-_SENSITIVE = re.compile(r"(authorization|cookie|passw|secret|token$|api[_-]?key)", re.IGNORECASE)
+_SENSITIVE = re.compile(
+    r"authorization|cookie|credential|headers$|passw|secret|token$|(api|access|private)[_-]?key",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"\$\{[^{}]*\}\Z")
 _MASKED = "***"
 
 
@@ -48,19 +52,21 @@ class SecretMask:
 def mask_sensitive(value: Any) -> Any:
     """Return JSON data in which headers, keys and passwords are ``***``, told by their names.
 
-    A reference such as ``${env.TOKEN}`` stays: it is a name, not a value.
+    All that stands below such a name is masked. A reference such as ``${env.TOKEN}`` stays: it is
+    a name, not a value.
     """
+    return _mask(value, hide=False)
+
+
+def _mask(value: Any, *, hide: bool) -> Any:
     if isinstance(value, Mapping):
-        return {
-            key: _MASKED if _is_secret(key, item) else mask_sensitive(item)
-            for key, item in value.items()
-        }
+        return {key: _mask(item, hide=hide or _is_secret(key)) for key, item in value.items()}
     if isinstance(value, list):
-        return [mask_sensitive(item) for item in value]
-    return value
+        return [_mask(item, hide=hide) for item in value]
+    if not hide or value is None or isinstance(value, bool):
+        return value
+    return value if isinstance(value, str) and _REFERENCE.match(value) else _MASKED
 
 
-def _is_secret(key: Any, value: Any) -> bool:
-    if not isinstance(value, str) or value.startswith("${"):
-        return False
+def _is_secret(key: Any) -> bool:
     return isinstance(key, str) and _SENSITIVE.search(key) is not None

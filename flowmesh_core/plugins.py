@@ -128,6 +128,15 @@ class Plugins:
         found = (info for report in self.reports for info in report.executors)
         return tuple(sorted(found, key=lambda info: info.name))
 
+    def build_registry(self, settings: Settings, *, gpu_count: int) -> ExecutorRegistry:
+        """Return the registry of what is loaded, ranked as the operator wants it."""
+        return ExecutorRegistry(
+            self.executors,
+            preferences=settings.executor_preferences,
+            gpu_count=gpu_count,
+            choose=self.manager.hook.flowmesh_choose_executor,
+        )
+
     def observe(self, hook: str, **arguments: Any) -> None:
         """Call an observing hook; an implementation that raises is logged and changes nothing."""
         for impl in getattr(self.manager.hook, hook).get_hookimpls():

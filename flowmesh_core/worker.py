@@ -51,7 +51,7 @@ from flowmesh_core.events import (
 from flowmesh_core.executor import Outcome
 from flowmesh_core.ledger import Finished, TaskLedger, Verdict
 from flowmesh_core.merge import failure_document, share_out
-from flowmesh_core.plugins import ExecutorRegistry, Plugins, load_driver, load_plugins
+from flowmesh_core.plugins import Plugins, load_driver, load_plugins
 from flowmesh_core.runner import Runner
 from flowmesh_core.stores.base import Store
 from flowmesh_core.telemetry.heartbeat import Heartbeat, build_farewell, build_metrics
@@ -122,12 +122,7 @@ class Worker:
         self.dropped = 0
         self._gpus = GpuReader(visible_devices=settings.visible_devices)
         self._devices = tuple(str(gpu.index) for gpu in self._gpus.list_gpus())
-        self.registry = ExecutorRegistry(
-            self.plugins.executors,
-            preferences=settings.executor_preferences,
-            gpu_count=len(self._devices),
-            choose=self.plugins.manager.hook.flowmesh_choose_executor,
-        )
+        self.registry = self.plugins.build_registry(settings, gpu_count=len(self._devices))
         self._stores: dict[str, Store] = {}
         self._artifacts = ArtifactPipeline(self._store_for, fsync=settings.fsync)
         self._ledger = TaskLedger()

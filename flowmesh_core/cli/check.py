@@ -27,16 +27,14 @@ def command(file: Path, assignments: tuple[str, ...], plugin_files: tuple[Path, 
     from flowmesh_core.checking import check_workflow
     from flowmesh_core.config import load_settings
     from flowmesh_core.local_run import plan
-    from flowmesh_core.plugins import ExecutorRegistry, load_plugins
+    from flowmesh_core.plugins import load_plugins
     from flowmesh_core.telemetry.probes import GpuReader
 
     settings = load_settings()
     plugins = load_plugins(settings, files=plugin_files)
     workflow = plan(read_document(file, assignments))
     gpus = GpuReader(visible_devices=settings.visible_devices).list_gpus()
-    registry = ExecutorRegistry(
-        plugins.executors, preferences=settings.executor_preferences, gpu_count=len(gpus)
-    )
+    registry = plugins.build_registry(settings, gpu_count=len(gpus))
     problems = check_workflow(workflow, registry)
     for problem in problems:
         click.echo(f"{file}: {problem}", err=True)

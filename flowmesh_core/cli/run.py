@@ -58,17 +58,20 @@ def command(
     from flowmesh_core.errors import ContractError
     from flowmesh_core.local_run import LocalRun, plan
     from flowmesh_core.plugins import load_plugins
+    from flowmesh_core.telemetry.probes import GpuReader
 
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
     settings = load_settings(results_dir=out, transport="local", worker_id="local")
     settings = attrs.evolve(settings, drain_timeout_s=0.0)
     plugins = load_plugins(settings, files=plugin_files)
     workflow = plan(read_document(file, assignments))
-    progress = Progress(workflow, quiet=as_json)
-    run = LocalRun(workflow, settings, plugins, on_event=progress.note)
-    problems = check_workflow(workflow, run.registry)
+    gpus = GpuReader(visible_devices=settings.visible_devices).list_gpus()
+    registry = plugins.build_registry(settings, gpu_count=len(gpus))
+    problems = check_workflow(workflow, registry)
     if problems:
         raise ContractError(problems, where=str(file))
+    progress = Progress(workflow, quiet=as_json)
+    run = LocalRun(workflow, settings, plugins, on_event=progress.note)
     with progress:
         reports, interrupted = asyncio.run(_run(run))
     if as_json:

@@ -41,8 +41,10 @@ class LocalTransport(Transport):
             yield delivery
 
     def stop_receiving(self) -> None:
-        """End ``deliveries``."""
-        if self._loop is not None:
+        """End ``deliveries``, even those that have not begun."""
+        if self._loop is None:
+            self._queue.put_nowait(None)
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
     def send(self, event: TaskEvent | WorkerEvent) -> None:

@@ -260,7 +260,7 @@ def test_every_problem_is_in_one_message() -> None:
                 "taskType": 4,
                 "enforce_cpu": "maybe",
                 "timeoutSec": -1,
-                "shard": {"index": 4, "total": 2},
+                "shard": {"index": 2, "total": 2},
                 "output": {
                     "artifacts": ["ok", 3, "../x"],
                     "destination": {"type": "http", "headers": {"a": 1}, "timeoutSec": "soon"},
@@ -278,7 +278,7 @@ def test_every_problem_is_in_one_message() -> None:
             "spec.taskType must be a string, got 4",
             "spec.enforce_cpu must be true or false, got 'maybe'",
             "spec.timeoutSec must be greater than 0, got -1",
-            "spec.shard: index 4 must be below total 2",
+            "spec.shard: index 2 must be below total 2",
             "spec.output.artifacts[1] must be a string, got 3",
             "spec.output.artifacts[2] must lie in the task's folder, got '../x'",
             "spec.output.destination.headers.a must be a string, got 1",

@@ -105,7 +105,8 @@ def names(folder: Path) -> list[str]:
 def test_no_destination_path_writes_outside_the_allowed_folders(path: str, task_id: str) -> None:
     with tempfile.TemporaryDirectory() as root:
         world = World(Path(root))
-        destination = Destination(path=world.fill(path))
+        # Past the contract's own check of the text, which is not to be relied upon here.
+        destination = Destination.model_construct(path=world.fill(path))
         try:
             attempt = world.folders.begin(task_id, destination)
         except (ContractError, ArtifactError):

@@ -1,4 +1,4 @@
-"""A stand-in for the earlier orchestrator: what a worker can observe of it, unfriendly parts too."""
+"""A stand-in for the earlier orchestrator: all that a worker can observe of it."""
 
 from flowmesh_core.testing.orchestrator.host import StandInOrchestrator
 from flowmesh_core.testing.orchestrator.http import HttpRequest

@@ -138,6 +138,9 @@ def _string(data: bytes, at: int) -> tuple[str, int]:
 
 
 def _skip(data: bytes, at: int) -> int:
+    kind: int
+    item: int
+    length: int
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
     (kind,) = struct.unpack_from("<I", data, at)
     if kind == 8:
@@ -184,7 +187,7 @@ def shallow_weights(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter of rank 1 on one matrix of SmolLM2, strong enough to be seen."""
-    pairs = {
+    pairs: dict[str, str | float] = {
         "general.architecture": "llama",
         "general.type": "adapter",
         "adapter.type": "lora",

@@ -45,7 +45,7 @@ PERSON = {
 def ask(loaded: LlamacppExecutor, make_context: Any) -> Callable[..., InferenceResult]:
     def ask(*args: Any, **kwargs: Any) -> InferenceResult:
         ctx = make_context(*args, **{"max_tokens": 16, **kwargs})
-        result = asyncio.run(loaded.run(ctx))  # type: ignore[arg-type]
+        result = asyncio.run(loaded.run(ctx))
         return InferenceResult.model_validate(result)
 
     return ask
@@ -107,7 +107,7 @@ def test_two_tasks_at_once_share_the_slots(loaded: LlamacppExecutor, make_contex
     contexts = [make_context(QUESTIONS[:3], temperature=0, max_tokens=n) for n in (5, 9)]
 
     async def both() -> Any:
-        return await asyncio.gather(*(loaded.run(ctx) for ctx in contexts))  # type: ignore[arg-type]
+        return await asyncio.gather(*(loaded.run(ctx) for ctx in contexts))
 
     short, long = asyncio.run(both())
     pairs = zip(short["items"], long["items"], strict=True)

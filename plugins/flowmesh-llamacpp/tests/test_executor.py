@@ -39,8 +39,8 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.has_chat_template = False
-        self.hold: Callable[[str], None] = lambda _prompt: None
-        self.reply = "re: {}".format
+        self.hold: Callable[[str], object] = lambda _prompt: None
+        self.reply: Callable[[str], str] = "re: {}".format
         self.requests: list[Mapping[str, Any]] = []
         self.running = self.most_running = self.closed = 0
         self._lock = threading.Lock()
@@ -100,7 +100,7 @@ def run(executor: FakeExecutor, make_context: Any, gguf: Path) -> Callable[..., 
     def run(*args: Any, **kwargs: Any) -> Any:
         ctx: RunContext = make_context(*args, weights=gguf, **kwargs)
         executor.load(ctx)
-        return asyncio.run(executor.run(ctx))  # type: ignore[arg-type]
+        return asyncio.run(executor.run(ctx))
 
     return run
 
@@ -150,7 +150,7 @@ def assert_set(event: threading.Event, prompt: str) -> None:
 
 def test_all_slots_are_busy_and_never_more(run: Any, executor: FakeExecutor) -> None:
     together = threading.Barrier(3)
-    executor.engine.hold = lambda _p: together.wait(5) and None
+    executor.engine.hold = lambda _p: together.wait(5)
     run([f"p{i}" for i in range(9)], options={"n_parallel": 3})
     assert executor.engine.most_running == 3
 
@@ -248,7 +248,7 @@ def test_loading_and_unloading_twice_happen_once(
 
 def test_a_run_before_load_says_so(executor: FakeExecutor, make_context: Any) -> None:
     with pytest.raises(ExecutionError, match="run came before load"):
-        asyncio.run(executor.run(make_context()))  # type: ignore[arg-type]
+        asyncio.run(executor.run(make_context()))
 
 
 def test_a_checkpoint_replaces_the_models_weights(
