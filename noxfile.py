@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -128,4 +127,4 @@ def bench(session: nox.Session) -> None:
     """Print the figures of every benchmark."""
     install(session, *NAMES)
     for path in sorted(ROOT.glob("benchmarks/*.py")):
-        session.run("python", str(path), env={**os.environ, **OFFLINE})
+        session.run("python", str(path), env=OFFLINE)

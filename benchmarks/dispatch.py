@@ -61,8 +61,7 @@ def plain_loop(url: str, results: Path, ready: threading.Event, count: int) -> N
     pubsub.subscribe("tasks")
     pubsub.get_message(timeout=5)
     ready.set()
-    done = 0
-    for raw in pubsub.listen():
+    for done, raw in enumerate(pubsub.listen(), start=1):
         dispatch = json.loads(raw["data"])
         task_id = dispatch["task_id"]
         _say_status(client, "RUNNING", {"task_id": task_id})
@@ -70,7 +69,6 @@ def plain_loop(url: str, results: Path, ready: threading.Event, count: int) -> N
         _write_files(results / task_id, task_id, {"ok": True, "echo": dispatch["task"]["spec"]})
         _say_task(client, "TASK_SUCCEEDED", task_id, {"finished_at": _now()})
         _say_status(client, "IDLE", {"last_task": task_id})
-        done += 1
         if done == count:
             break
     pubsub.close()

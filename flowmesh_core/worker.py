@@ -130,6 +130,7 @@ class Worker:
         self._in_hand = asyncio.Semaphore(2 * settings.max_concurrent_tasks)
         self._draining = False
         self._hurry = asyncio.Event()
+        self._registered = False
         self._started = time.monotonic()
         self._started_at = utc_now()
         self._status = "IDLE"
@@ -162,8 +163,9 @@ class Worker:
             # Subscribed first, announced second: nothing dispatched to us can be missed.
             await self.transport.open()
             self._power.start()
-            self._register(await self._probe())
-            self._heartbeat.start()
+            hardware = await self._probe()
+            if not self._draining:
+                self._register(hardware)
             async for delivery in self.transport.deliveries():
                 self._receive(delivery)
             await self._drain()
@@ -403,6 +405,16 @@ class Worker:
         tags = list(self.settings.worker_tags)
         self._send_worker(WorkerEvent(type=REGISTER, status="STARTING", tags=tags, payload=payload))
         self._send_status("IDLE", {})
+        self._registered = True
+        self._heartbeat.start()
+
+    def _unregister(self) -> None:
+        payload = build_farewell(
+            uptime_s=time.monotonic() - self._started,
+            cost_per_hour=self.settings.cost_per_hour,
+            power=self._power,
+        )
+        self._send_worker(WorkerEvent(type=UNREGISTER, payload=payload))
 
     def _beat(self) -> None:
         metrics = build_metrics(
@@ -462,14 +474,10 @@ class Worker:
     async def _leave(self) -> None:
         self._heartbeat.stop()
         self._power.stop()
-        payload = build_farewell(
-            uptime_s=time.monotonic() - self._started,
-            cost_per_hour=self.settings.cost_per_hour,
-            power=self._power,
-        )
-        self._send_worker(WorkerEvent(type=UNREGISTER, payload=payload))
-        if not await self.transport.flush(_FLUSH_S):
-            _log.error("some events could not be sent within %g s", _FLUSH_S)
+        if self._registered:
+            self._unregister()
+            if not await self.transport.flush(_FLUSH_S):
+                _log.error("some events could not be sent within %g s", _FLUSH_S)
         await self.transport.close()
         await self._runner.close()
         for store in self._stores.values():

@@ -2,13 +2,14 @@
 
 Source: the contract's Redis wire. Pub/sub delivers at most once, so what can be done is done: the
 worker subscribes before it announces itself, subscribes again after a lost connection, and a
-thread that owns all writing repeats what did not get through and puts back a registration that
-somebody flushed.
+thread that owns all writing repeats what did not get through, repeats an outcome that nobody was
+subscribed to hear, and puts back a registration that somebody flushed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import queue
 import random
@@ -18,7 +19,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.retry import Retry
 
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import (
@@ -33,7 +36,9 @@ from flowmesh_core.events import (
     HEARTBEAT,
     REGISTER,
     STATUS,
+    TASK_FAILED,
     TASK_PROGRESS,
+    TASK_SUCCEEDED,
     UNREGISTER,
     TaskEvent,
     WorkerEvent,
@@ -48,6 +53,7 @@ _POLL_S = 0.5
 _CHECK_INTERVAL_S = 5.0
 _SOCKET_TIMEOUT_S = 10.0
 _BATCH = 256
+_UNHEARD_KEPT = 10_000
 _LONGEST_PAUSE_S = 5.0
 
 Event = TaskEvent | WorkerEvent
@@ -60,6 +66,7 @@ def _connect(settings: Settings) -> redis.Redis:
         socket_connect_timeout=_SOCKET_TIMEOUT_S,
         socket_keepalive=True,
         health_check_interval=30,
+        retry=Retry(NoBackoff(), 0),  # the threads here have a back-off of their own
     )
 
 
@@ -197,6 +204,7 @@ class _Publisher:
         self._closed = closed
         self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
         self._registration = _Registration(settings)
+        self._unheard: collections.deque[TaskEvent] = collections.deque(maxlen=_UNHEARD_KEPT)
         self._thread = threading.Thread(target=self._run, name="flowmesh-publisher", daemon=True)
 
     def start(self) -> None:
@@ -205,20 +213,30 @@ class _Publisher:
     def put(self, item: Event | threading.Event) -> None:
         self._queue.put(item)
 
+    @property
+    def unheard(self) -> int:
+        """Outcomes for which there has been no listener yet."""
+        return len(self._unheard)
+
     def join(self, timeout_s: float) -> None:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
         client = _connect(self._settings)
-        due = time.monotonic() + _CHECK_INTERVAL_S
+        check_due = repeat_due = time.monotonic()
         try:
             while not self._closed.is_set():
-                batch = self._take(max(0.0, min(due - time.monotonic(), _POLL_S)))
-                self._repeat(lambda batch=batch: self._write(client, batch), bool(batch))  # type: ignore[misc]
-                if time.monotonic() >= due:
-                    self._repeat(lambda: self._registration.heal(client), False)
-                    due = time.monotonic() + _CHECK_INTERVAL_S
+                batch = self._take(_POLL_S)
+                if batch:
+                    self._insist(lambda batch=batch: self._write(client, batch))  # type: ignore[misc]
+                now = time.monotonic()
+                if now >= repeat_due:
+                    self._attempt(lambda: self._repeat_unheard(client))
+                    repeat_due = now + _POLL_S
+                if now >= check_due:
+                    self._attempt(lambda: self._registration.heal(client))
+                    check_due = now + _CHECK_INTERVAL_S
         finally:
             client.close()
 
@@ -235,22 +253,41 @@ class _Publisher:
     def _write(self, client: redis.Redis, batch: Sequence[Event | threading.Event]) -> None:
         events = [item for item in batch if not isinstance(item, threading.Event)]
         if events:
-            with client.pipeline() as pipe:
-                for event in events:
-                    self._registration.apply(pipe, event)
-                pipe.execute()
+            self._send(client, events)
         for item in batch:
             if isinstance(item, threading.Event):
                 item.set()
 
-    def _repeat(self, write: Callable[[], None], must: bool) -> None:
+    def _send(self, client: redis.Redis, events: Sequence[Event]) -> None:
+        outcomes: list[tuple[int, TaskEvent]] = []
+        with client.pipeline() as pipe:
+            for event in events:
+                if isinstance(event, TaskEvent) and event.type in (TASK_SUCCEEDED, TASK_FAILED):
+                    outcomes.append((len(pipe), event))
+                self._registration.apply(pipe, event)
+            answers = pipe.execute()
+        # PUBLISH answers how many heard it; nobody did while the orchestrator reconnects.
+        self._unheard.extend(event for position, event in outcomes if not answers[position])
+
+    def _repeat_unheard(self, client: redis.Redis) -> None:
+        events = list(self._unheard)
+        if events and client.pubsub_numsub(TASK_EVENTS_CHANNEL)[0][1]:
+            self._send(client, events)
+            for _ in events:
+                self._unheard.popleft()
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except (RedisError, OSError) as exc:
+            _log.debug("redis does not answer: %s", exc)
+
+    def _insist(self, write: Callable[[], None]) -> None:
         backoff = _Backoff(self._closed)
         while not self._closed.is_set():
             try:
                 return write()
             except (RedisError, OSError) as exc:
-                if not must:
-                    return _log.debug("redis check failed: %s", exc)
                 _log.warning("cannot write to redis, trying again: %s", exc)
                 backoff.wait()
         return None
@@ -275,10 +312,14 @@ class _Subscriber:
         self._thread.start()
 
     def wait_subscribed(self) -> None:
-        """Block until subscribed, or raise what makes that impossible."""
+        """Block until subscribed or given up, or raise what makes that impossible."""
         self._subscribed.wait()
         if self._failure is not None:
             raise self._failure
+
+    def give_up(self) -> None:
+        """Let ``wait_subscribed`` return although nothing may be subscribed."""
+        self._subscribed.set()
 
     def join(self, timeout_s: float) -> None:
         if self._thread.is_alive():
@@ -294,14 +335,14 @@ class _Subscriber:
                 if self._subscribed.is_set():
                     _log.error("redis refuses this worker, trying again: %s", exc)
                 else:
-                    return self._give_up(exc)
+                    return self._fail(exc)
             except (RedisError, OSError) as exc:
                 _log.warning("cannot listen on redis, trying again: %s", exc)
             backoff.wait()
         self._subscribed.set()
         return None
 
-    def _give_up(self, exc: Exception) -> None:
+    def _fail(self, exc: Exception) -> None:
         self._failure = TransportError(f"redis refuses REDIS_URL's credentials: {exc}")
         self._subscribed.set()
 
@@ -346,7 +387,8 @@ class RedisPubSubTransport(Transport):
             yield delivery
 
     def stop_receiving(self) -> None:
-        """End ``deliveries``."""
+        """End ``deliveries``, and ``open`` when it still waits for Redis."""
+        self._subscriber.give_up()
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
@@ -362,6 +404,8 @@ class RedisPubSubTransport(Transport):
 
     async def close(self) -> None:
         """Stop both threads."""
+        if self._publisher.unheard:
+            _log.warning("%d outcomes had no listener", self._publisher.unheard)
         self._closed.set()
         await asyncio.to_thread(self._join)
 

@@ -290,7 +290,8 @@ def test_a_status_that_the_orchestrator_overwrote_is_mended(
     host.wait_for(lambda: client.hget("worker:w1", "status") == "IDLE", timeout_s=20)
 
 
-def test_redis_stopped_for_a_while_loses_no_outcome(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outage_s", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_redis_stopped_for_a_while_loses_no_outcome(outage_s: float, tmp_path: Path) -> None:
     with RedisServer() as server:
         url = server.url
         with (
@@ -301,7 +302,7 @@ def test_redis_stopped_for_a_while_loses_no_outcome(tmp_path: Path) -> None:
             task_id = host.submit(echo(taskType="sleep", seconds=2))
             host.wait_for(lambda: ("TASK_STARTED", None) in types_of(host))
             server.stop()
-            time.sleep(4)
+            time.sleep(outage_s)
             assert worker.alive
             server.start(empty=True)
             host.wait_for(lambda: ("TASK_SUCCEEDED", None) in types_of(host), timeout_s=30)
@@ -510,6 +511,61 @@ def test_the_log_of_a_worker_is_appended_to(
     start_worker()
     host.wait_workers(1)
     assert log.read_text().startswith(before)
+
+
+def test_a_worker_without_redis_waits_for_it_and_can_be_stopped(tmp_path: Path) -> None:
+    with RedisServer() as server, WorkerProcess(server.url, tmp_path / "results") as worker:
+        server.stop()
+        impatient = WorkerProcess(server.url, tmp_path / "results", worker_id="w2")
+        with impatient:
+            deadline = time.monotonic() + 15
+            while "trying again" not in impatient.stderr:
+                assert time.monotonic() < deadline, impatient.stderr
+                time.sleep(0.05)
+            assert impatient.stop() == 0
+        server.start()
+        with redis.Redis.from_url(server.url, decode_responses=True) as client:
+            while not client.sismember("workers:ids", "w1"):
+                assert time.monotonic() < deadline + 15, worker.stderr
+                time.sleep(0.05)
+
+
+def test_a_wrong_password_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
+    with RedisServer() as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.config_set("requirepass", "right")
+        try:
+            url = server.url.replace("redis://", "redis://:wrong@")
+            with WorkerProcess(url, tmp_path / "results") as worker:
+                assert worker.wait() == 2
+                assert "REDIS_URL" in worker.stderr
+        finally:
+            with redis.Redis.from_url(server.url, password="right") as client:
+                client.config_set("requirepass", "")
+
+
+def test_an_outcome_that_nobody_heard_is_said_again(
+    flowmesh_redis_url: str, client: redis.Redis, tmp_path: Path
+) -> None:
+    with WorkerProcess(flowmesh_redis_url, tmp_path / "results") as worker:
+        until = time.monotonic() + 15
+        while not client.sismember("workers:ids", "w1"):
+            assert time.monotonic() < until, worker.stderr
+            time.sleep(0.05)
+        publish(client, task_id="alone", task=echo())
+        while not (worker.results_dir / "alone").exists():
+            assert time.monotonic() < until, worker.stderr
+            time.sleep(0.05)
+        time.sleep(0.5)
+        with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe("tasks.events")
+            heard: list[str] = []
+            while "TASK_SUCCEEDED" not in heard:
+                assert time.monotonic() < until + 10, heard
+                message = pubsub.get_message(timeout=0.2)
+                heard += [json.loads(message["data"])["type"]] if message else []
+            time.sleep(1.5)
+            assert pubsub.get_message(timeout=0.2) is None
 
 
 def test_a_wrong_variable_stops_the_start_with_a_sentence(

@@ -405,13 +405,16 @@ class PlainCrowd(Crowd):
     ("cls", "concurrent", "most"),
     [(Crowd, False, 1), (PlainCrowd, False, 1), (Crowd, True, 5)],
 )
+@pytest.mark.parametrize("warm", [False, True])
 def test_only_concurrent_executors_get_several_tasks_at_once(
-    cls: type[Executor], concurrent: bool, most: int
+    cls: type[Executor], concurrent: bool, most: int, warm: bool
 ) -> None:
     Crowd.now = Crowd.most = 0
 
     async def work(place: InlinePlace) -> list[Outcome]:
         described = info(concurrent=concurrent)
+        if warm:
+            await place.run(described, task())
         return await asyncio.gather(*(place.run(described, task()) for _ in range(5)))
 
     assert len(drive(work, cls)) == 5
