@@ -16,7 +16,7 @@ import attrs
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
 from flowmesh_core.config import Settings, load_plugin_settings, read_environment
-from flowmesh_core.contract import Task, parse_task, utc_now, validate_model
+from flowmesh_core.contract import Task, encode_json, parse_task, utc_now, validate_model
 from flowmesh_core.errors import (
     CancelledError,
     DeadlineError,
@@ -165,8 +165,10 @@ class Runner:
             enforce_cpu=task.common.enforce_cpu,
             executor=task.common.executor,
         )
-        spec, secrets = render_env(task.spec, self._settings.env_allow, read_environment())
-        run.mask = SecretMask(secrets)
+        spec: Any = task.spec
+        if b"${" in encode_json(spec):  # most documents name no secret, and this look is cheap
+            spec, secrets = render_env(spec, self._settings.env_allow, read_environment())
+            run.mask = SecretMask(secrets)
         model = self._spec_model(info)
         where = f"task {task.task_id}"
         checked = validate_model(model, spec, where=where, prefix="spec") if model else spec
@@ -261,6 +263,8 @@ class Runner:
         if ready is not None:
             waiting.append(ready)
         await asyncio.wait(waiting, timeout=ctx.remaining_s, return_when=asyncio.FIRST_COMPLETED)
+        if work.cancelled():
+            raise ExecutionError("the executor cancelled itself")
         if work.done() and not (run.cancelled and work.exception()):
             return work.result()
         if ready is not None and ready.done():

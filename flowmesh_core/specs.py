@@ -318,8 +318,7 @@ def refuse_fields(block: BaseModel, names: Iterable[str], *, engine: str) -> Non
     refused = [
         name
         for name in names
-        if name in block.model_fields_set
-        and getattr(block, name) != fields[name].get_default(call_default_factory=True)
+        if getattr(block, name) != fields[name].get_default(call_default_factory=True)
     ]
     if refused:
         raise ValueError(f"{engine} cannot honour {', '.join(refused)}; leave it out")

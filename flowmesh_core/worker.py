@@ -118,7 +118,9 @@ class Worker:
         self.transport = transport or load_driver("flowmesh.transports", settings.transport)(
             settings
         )
-        self.folders = TaskFolders(settings.results_dir, settings.allowed_dirs)
+        self.folders = TaskFolders(
+            settings.results_dir, settings.allowed_dirs, worker_id=settings.worker_id
+        )
         self.dropped = 0
         self._gpus = GpuReader(visible_devices=settings.visible_devices)
         self._devices = tuple(str(gpu.index) for gpu in self._gpus.list_gpus())
@@ -480,5 +482,6 @@ class Worker:
                 _log.error("some events could not be sent within %g s", _FLUSH_S)
         await self.transport.close()
         await self._runner.close()
+        self.folders.close()
         for store in self._stores.values():
             await store.close()

@@ -97,13 +97,14 @@ class _Registration:
         self._status: WorkerEvent | None = None
         self._beaten = False
         self._status_since = 0.0
+        self._fields: dict[str, str] = {}
 
     @property
     def active(self) -> bool:
         return self._register is not None
 
     def apply(self, pipe: Any, event: Event) -> None:
-        """Queue the commands of one event, as one block of the transaction."""
+        """Queue the commands of one event; ``finish`` must follow in the same transaction."""
         if isinstance(event, TaskEvent):
             channel = TASK_EVENTS_CHANNEL
             if event.type == TASK_PROGRESS:
@@ -115,13 +116,14 @@ class _Registration:
             self._write_registration(pipe)
         elif event.type == STATUS:
             self._status, self._status_since = event, time.monotonic()
-            self._write_status(pipe, event)
+            self._note_status(event)
         elif event.type == HEARTBEAT:
             self._beaten = True
             pipe.setex(f"{self.key}:hb", self._ttl_s, event.ts)
-            pipe.hset(self.key, "last_seen", event.ts)
+            self._fields["last_seen"] = event.ts
         elif event.type == UNREGISTER:
             self._register = self._status = None
+            self._fields = {}
             pipe.srem(_WORKER_IDS, self.worker_id)
             pipe.delete(self.key, f"{self.key}:hb")
         pipe.publish(WORKER_EVENTS_CHANNEL, event.to_json())
@@ -147,10 +149,15 @@ class _Registration:
             },
         )
 
-    def _write_status(self, pipe: Any, event: WorkerEvent) -> None:
+    def _note_status(self, event: WorkerEvent) -> None:
         extras = {f"extra_{key}": str(value) for key, value in event.payload.items()}
-        fields = {"status": event.status or "", "last_seen": event.ts, **extras}
-        pipe.hset(self.key, mapping=fields)
+        self._fields |= {"status": event.status or "", "last_seen": event.ts, **extras}
+
+    def finish(self, pipe: Any) -> None:
+        """Queue one write of the hash for all events of the transaction."""
+        if self._fields:
+            pipe.hset(self.key, mapping=self._fields)
+            self._fields = {}
 
     def heal(self, client: redis.Redis) -> None:
         """Put back what somebody flushed, and a status that somebody else overwrote.
@@ -186,6 +193,7 @@ class _Registration:
                 self.apply(pipe, status.model_copy(update={"ts": utc_now()}))
             if self._beaten:
                 pipe.setex(f"{self.key}:hb", self._ttl_s, utc_now())
+            self.finish(pipe)
             pipe.execute()
 
     def _repeat_status(self, client: redis.Redis) -> None:
@@ -193,6 +201,7 @@ class _Registration:
             return
         with client.pipeline() as pipe:
             self.apply(pipe, self._status.model_copy(update={"ts": utc_now()}))
+            self.finish(pipe)
             pipe.execute()
 
 
@@ -265,6 +274,7 @@ class _Publisher:
                 if isinstance(event, TaskEvent) and event.type in (TASK_SUCCEEDED, TASK_FAILED):
                     outcomes.append((len(pipe), event))
                 self._registration.apply(pipe, event)
+            self._registration.finish(pipe)
             answers = pipe.execute()
         # PUBLISH answers how many heard it; nobody did while the orchestrator reconnects.
         self._unheard.extend(event for position, event in outcomes if not answers[position])

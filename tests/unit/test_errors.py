@@ -79,6 +79,7 @@ def test_problems_become_one_message_with_what_was_read_in_front() -> None:
     error = ContractError(iter(["a must be a number, got 'x'", "b is required"]), where="task 7f3c")
     assert str(error) == "task 7f3c: a must be a number, got 'x'; b is required"
     assert error.problems == ("a must be a number, got 'x'", "b is required")
+    assert error.where == "task 7f3c"
     assert str(ContractError("alone")) == "alone"
     assert ContractError("alone").problems == ("alone",)
 

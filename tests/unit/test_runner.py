@@ -60,6 +60,7 @@ class PlainSleeps(Executor):
         ("os", "ConnectionResetError: gone", True),
         ("memory", "MemoryError: full", True),
         ("ours", "mine", True),
+        ("cancelled", "cancelled itself", False),
         ("exit", "tried to end the process", False),
     ],
 )
