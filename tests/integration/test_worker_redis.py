@@ -430,6 +430,56 @@ def _concurrent(folder: Path) -> tuple[str, ...]:
     return ("--plugin", str(path))
 
 
+REPORTER = """
+from flowmesh_core import Executor, ExecutorInfo, hookimpl
+
+@hookimpl
+def flowmesh_register_executors():
+    return [ExecutorInfo(name="report", task_types={"report"}, target=f"{__name__}:Report")]
+
+@hookimpl
+def flowmesh_heartbeat_fields():
+    return {"queue": 7, "uptime_sec": "not ours to set"}
+
+class Report(Executor):
+    def run(self, ctx):
+        for step in range(3):
+            ctx.progress((step + 1) / 3, f"step {step}", loss=1.0 / (step + 1))
+        return {"ok": True}
+"""
+
+
+def test_progress_goes_to_the_tasks_own_channel_and_nowhere_else(
+    host: StandInOrchestrator, flowmesh_redis_url: str, client: redis.Redis, tmp_path: Path
+) -> None:
+    (tmp_path / "reporter.py").write_text(REPORTER)
+    arguments = ("--plugin", str(tmp_path / "reporter.py"))
+    with (
+        client.pubsub(ignore_subscribe_messages=True) as pubsub,
+        WorkerProcess(flowmesh_redis_url, tmp_path / "results", arguments=arguments),
+    ):
+        pubsub.psubscribe("tasks.progress:*")
+        host.wait_workers(1)
+        task_id = host.submit(echo(taskType="report"))
+        host.wait_task(task_id)
+        said: list[dict[str, Any]] = []
+        until = time.monotonic() + 10
+        while len(said) < 3:
+            assert time.monotonic() < until, said
+            message = pubsub.get_message(timeout=0.2)
+            if message:
+                assert message["channel"] == f"tasks.progress:{task_id}"
+                said.append(json.loads(message["data"]))
+        beat = host.wait_for(
+            lambda: next((e for e in host.events if e.get("metrics", {}).get("queue")), None)
+        )
+    assert [event["payload"]["message"] for event in said] == ["step 0", "step 1", "step 2"]
+    assert said[-1]["payload"]["fraction"] == 1.0
+    assert said[-1]["payload"]["loss"] == pytest.approx(1 / 3)
+    assert "TASK_PROGRESS" not in [kind for kind, _ in types_of(host)]
+    assert isinstance(beat["metrics"]["uptime_sec"], float)
+
+
 def test_results_are_delivered_over_http_with_one_repeat_after_a_bad_answer(
     host: StandInOrchestrator, start_worker: StartWorker
 ) -> None:
