@@ -81,7 +81,9 @@ def plugin(session: nox.Session, name: str) -> None:
 def together(session: nox.Session) -> None:
     """All plugins in one environment: examples, documentation, cross-plugin behaviour."""
     install(session, *NAMES)
+    session.install("datasets>=3")
     pytest(session, "tests/together", "-m", "not slow")
+    pytest(session, "tests/unit/test_inputs.py", "-k", "dataset")
 
 
 @nox.session(python=HERE)

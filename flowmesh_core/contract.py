@@ -43,6 +43,7 @@ __all__ = [
     "decode_json",
     "describe_problems",
     "encode_json",
+    "find_task_id",
     "parse_envelope",
     "parse_message",
     "parse_task",
@@ -434,7 +435,7 @@ def parse_envelope(message: Mapping[str, Any]) -> Envelope:
         ContractError: Every problem of the message and of the leading task. A child with a
             readable id but a bad document is listed in ``Envelope.rejected`` instead.
     """
-    raw_id, document = _find_id(message), message.get("task")
+    raw_id, document = find_task_id(message), message.get("task")
     task_id = _attempt([], lambda: check_task_id(raw_id)) or ""
     where = f"task {task_id}" if task_id else "message"
     problems: list[str] = []
@@ -459,7 +460,7 @@ def parse_envelope(message: Mapping[str, Any]) -> Envelope:
     )
 
 
-def _find_id(message: Mapping[str, Any]) -> Any:
+def find_task_id(message: Mapping[str, Any]) -> Any:
     """Return the leader's id as it came; the message's own goes before its document's."""
     document = message.get("task")
     places = (message, document) if isinstance(document, Mapping) else (message,)

@@ -24,6 +24,7 @@ from flowmesh_core.contract import (
     Envelope,
     Task,
     check_task_id,
+    find_task_id,
     parse_envelope,
     parse_message,
     utc_now,
@@ -216,7 +217,7 @@ class Worker:
 
     def _refuse(self, message: Mapping[str, Any], error: ContractError) -> None:
         try:
-            task_id = check_task_id(message.get("task_id", message.get("taskId")))
+            task_id = check_task_id(find_task_id(message))
         except ContractError:
             self.dropped += 1
             _log.warning(
