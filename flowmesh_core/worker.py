@@ -119,9 +119,7 @@ class Worker:
         self.transport = transport or load_driver("flowmesh.transports", settings.transport)(
             settings
         )
-        self.folders = TaskFolders(
-            settings.results_dir, settings.allowed_dirs, worker_id=settings.worker_id
-        )
+        self.folders = TaskFolders(settings.results_dir, settings.allowed_dirs)
         self.dropped = 0
         self._gpus = GpuReader(visible_devices=settings.visible_devices)
         self._devices = tuple(str(gpu.index) for gpu in self._gpus.list_gpus())
@@ -483,6 +481,5 @@ class Worker:
                 _log.error("some events could not be sent within %g s", _FLUSH_S)
         await self.transport.close()
         await self._runner.close()
-        self.folders.close()
         for store in self._stores.values():
             await store.close()

@@ -11,12 +11,9 @@ A task's folder appears by one rename, so that it is there whole or not at all.
 
 from __future__ import annotations
 
-import itertools
 import os
-import queue
 import shutil
 import stat
-import threading
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -31,7 +28,6 @@ RESULT_NAME = "responses.json"
 MANIFEST_NAME = "manifest.json"
 # Present in every task folder, whatever the executor writes.
 _ALWAYS = ("logs", "artifacts")
-_SPARES = 8
 
 
 def confine(folder: Path, relative: str) -> Path:
@@ -148,18 +144,13 @@ class TaskFolders:
         allowed_dirs: Further absolute folders that ``destination.path`` may name.
     """
 
-    def __init__(
-        self, results_dir: Path, allowed_dirs: Iterable[Path] = (), *, worker_id: str = ""
-    ) -> None:
+    def __init__(self, results_dir: Path, allowed_dirs: Iterable[Path] = ()) -> None:
         self.root = results_dir.expanduser().absolute()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise ArtifactError(f"RESULTS_DIR {self.root} cannot be created: {exc}") from exc
         self._allowed = (self.root, *allowed_dirs)
-        self._spares = _SpareFolders(self.root / ".workers" / worker_id, _ALWAYS)
-        if worker_id:
-            self._spares.start()
 
     def task_folder(self, task_id: str, destination: Destination) -> Path:
         """Return the folder of a task without creating it.
@@ -192,17 +183,12 @@ class TaskFolders:
         try:
             number, previous = _next_attempt(final)
             folder = _attempt_folder(final, number)
-            if final.parent != self.root or not self._spares.take(folder):
-                _make_folder(folder)
+            _make_folder(folder)
         except (OSError, ValueError) as exc:  # ValueError: no name for a file system
             raise ArtifactError(f"task {task_id}: cannot create {final}: {exc}") from exc
         return Attempt(
             task_id=task_id, number=number, folder=folder, final=final, previous=previous
         )
-
-    def close(self) -> None:
-        """Remove what was made ahead; may come twice."""
-        self._spares.close()
 
     def worker_log(self, worker_id: str) -> Path:
         """Return the worker's log file; its folder exists afterwards."""
@@ -239,57 +225,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    try:
+        os.mkdir(folder)  # noqa: PTH102 - the hot path of every task
+    except FileNotFoundError:
+        folder.mkdir(parents=True)
     for name in _ALWAYS:
-        (folder / name).mkdir()
-
-
-class _SpareFolders:
-    """Empty attempt folders, made ahead by a thread: making three takes longer than an echo task.
-
-    Args:
-        home: Folder of the worker, on the file system of the results.
-        names: Folders inside each.
-    """
-
-    def __init__(self, home: Path, names: Iterable[str]) -> None:
-        self._home = home
-        self._mine = home / f"spare-{os.getpid()}"
-        self._names = tuple(names)
-        self._ready: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(_SPARES)
-        self._closed = False
-
-    def start(self) -> None:
-        for left in self._home.glob("spare-*"):
-            if not Path("/proc", left.name.removeprefix("spare-")).exists():
-                shutil.rmtree(left, ignore_errors=True)  # of a worker that was killed
-        threading.Thread(target=self._make, name="flowmesh-spares", daemon=True).start()
-
-    def take(self, folder: Path) -> bool:
-        """Rename a spare folder to ``folder``; return False when none is ready."""
-        try:
-            os.rename(self._ready.get_nowait(), folder)  # noqa: PTH104 - the hot path of every task
-        except (queue.Empty, OSError):
-            return False
-        self._wanted.release()
-        return True
-
-    def close(self) -> None:
-        self._closed = True
-        self._wanted.release()
-        shutil.rmtree(self._mine, ignore_errors=True)
-
-    def _make(self) -> None:
-        for number in itertools.count():
-            self._wanted.acquire()
-            spare = self._mine / str(number)
-            try:
-                for name in self._names:
-                    (spare / name).mkdir(parents=True)
-            except OSError:
-                return  # a full or read-only disk: tasks make their folders and report it
-            if self._closed:
-                shutil.rmtree(self._mine, ignore_errors=True)
-                return
-            self._ready.put(spare)
+        os.mkdir(folder / name)  # noqa: PTH102 - as above

@@ -76,7 +76,9 @@ class ArtifactPipeline:
 
     def _takes_long(self, task: Task, attempt: Attempt, body: bytes) -> bool:
         """Whether writing syncs, may hash files or is much, and so must leave the event loop."""
-        if self._fsync or task.common.output.artifacts or len(body) > _LARGE_BYTES:
+        if self._fsync or len(body) > _LARGE_BYTES:
+            return True
+        if any("/" in name.strip("./") for name in task.common.output.artifacts):
             return True
         return len(os.listdir(attempt.folder)) > 2  # noqa: PTH208 - the hot path of every task
 

@@ -38,6 +38,7 @@ from flowmesh_core.events import (
     STATUS,
     TASK_FAILED,
     TASK_PROGRESS,
+    TASK_STARTED,
     TASK_SUCCEEDED,
     UNREGISTER,
     TaskEvent,
@@ -53,10 +54,13 @@ _POLL_S = 0.5
 _CHECK_INTERVAL_S = 5.0
 _SOCKET_TIMEOUT_S = 10.0
 _BATCH = 256
+_LINGER_S = 0.002
 _UNHEARD_KEPT = 10_000
 _LONGEST_PAUSE_S = 5.0
 
 Event = TaskEvent | WorkerEvent
+# What the publisher is given: an event, or a flag to set when all before it has been written.
+_Item = TaskEvent | WorkerEvent | threading.Event
 
 
 def _connect(settings: Settings) -> redis.Redis:
@@ -211,7 +215,7 @@ class _Publisher:
     def __init__(self, settings: Settings, closed: threading.Event) -> None:
         self._settings = settings
         self._closed = closed
-        self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[_Item]] = queue.SimpleQueue()
         self._registration = _Registration(settings)
         self._unheard: collections.deque[TaskEvent] = collections.deque(maxlen=_UNHEARD_KEPT)
         self._thread = threading.Thread(target=self._run, name="flowmesh-publisher", daemon=True)
@@ -219,8 +223,8 @@ class _Publisher:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, item: Event | threading.Event) -> None:
-        self._queue.put(item)
+    def put(self, items: Sequence[_Item]) -> None:
+        self._queue.put(items)
 
     @property
     def unheard(self) -> int:
@@ -249,17 +253,17 @@ class _Publisher:
         finally:
             client.close()
 
-    def _take(self, timeout_s: float) -> list[Event | threading.Event]:
-        batch: list[Event | threading.Event] = []
+    def _take(self, timeout_s: float) -> list[_Item]:
+        batch: list[_Item] = []
         try:
-            batch.append(self._queue.get(timeout=timeout_s))
+            batch.extend(self._queue.get(timeout=timeout_s))
             while len(batch) < _BATCH:
-                batch.append(self._queue.get_nowait())
+                batch.extend(self._queue.get_nowait())
         except queue.Empty:
             pass
         return batch
 
-    def _write(self, client: redis.Redis, batch: Sequence[Event | threading.Event]) -> None:
+    def _write(self, client: redis.Redis, batch: Sequence[_Item]) -> None:
         events = [item for item in batch if not isinstance(item, threading.Event)]
         if events:
             self._send(client, events)
@@ -307,7 +311,7 @@ class _Subscriber:
     """The thread that listens on the task channel and hands messages to the event loop."""
 
     def __init__(
-        self, settings: Settings, closed: threading.Event, deliver: Callable[[bytes], None]
+        self, settings: Settings, closed: threading.Event, deliver: Callable[[list[bytes]], None]
     ) -> None:
         self._settings = settings
         self._closed = closed
@@ -360,13 +364,17 @@ class _Subscriber:
         pubsub.subscribe(self._settings.task_topic)
         while not self._closed.is_set():
             message = pubsub.get_message(timeout=_POLL_S)
-            if message is None:
-                continue
-            if message["type"] == "subscribe":
-                self._subscribed.set()
-                backoff.reset()
-            elif message["type"] == "message" and self._needle in message["data"]:
-                self._deliver(message["data"])
+            bodies: list[bytes] = []
+            # All that has arrived goes to the loop at once: waking it costs more than a message.
+            while message is not None:
+                if message["type"] == "subscribe":
+                    self._subscribed.set()
+                    backoff.reset()
+                elif message["type"] == "message" and self._needle in message["data"]:
+                    bodies.append(message["data"])
+                message = pubsub.get_message(timeout=0) if len(bodies) < _BATCH else None
+            if bodies:
+                self._deliver(bodies)
 
 
 class RedisPubSubTransport(Transport):
@@ -379,17 +387,25 @@ class RedisPubSubTransport(Transport):
         self._subscriber = _Subscriber(settings, self._closed, self._hand_over)
         self._queue: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
+        self._outgoing: list[Event] = []
+        self._waking: asyncio.Handle | None = None
 
     async def open(self) -> None:
         """Start both threads and wait for the subscription."""
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
         self._publisher.start()
         self._subscriber.start()
         await asyncio.to_thread(self._subscriber.wait_subscribed)
 
-    def _hand_over(self, body: bytes) -> None:
+    def _hand_over(self, bodies: list[bytes]) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, Delivery(body))
+            self._loop.call_soon_threadsafe(self._enqueue, bodies)
+
+    def _enqueue(self, bodies: list[bytes]) -> None:
+        for body in bodies:
+            self._queue.put_nowait(Delivery(body))
 
     async def deliveries(self) -> AsyncIterator[Delivery]:
         """Yield the messages that may be for this worker."""
@@ -403,13 +419,37 @@ class RedisPubSubTransport(Transport):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
     def send(self, event: Event) -> None:
-        """Queue an event for the publisher."""
-        self._publisher.put(event)
+        """Queue an event for the publisher.
+
+        Events of one turn of the loop leave as one transaction, and what announces a start waits
+        a moment for the end of a short task: each time the publisher wakes costs as much as
+        several events.
+        """
+        if self._loop is None or threading.get_ident() != self._loop_thread:
+            self._publisher.put((event,))
+            return
+        self._outgoing.append(event)
+        if event.type not in (STATUS, TASK_STARTED):
+            self._cancel_waking()
+            self._waking = self._loop.call_soon(self._release)
+        elif self._waking is None:
+            self._waking = self._loop.call_later(_LINGER_S, self._release)
+
+    def _cancel_waking(self) -> None:
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+
+    def _release(self) -> None:
+        self._cancel_waking()
+        events, self._outgoing = self._outgoing, []
+        self._publisher.put(events)
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until the publisher has written all that was queued before."""
+        self._release()
         written = threading.Event()
-        self._publisher.put(written)
+        self._publisher.put((written,))
         return await asyncio.to_thread(written.wait, timeout_s)
 
     async def close(self) -> None:
