@@ -205,9 +205,10 @@ def _is_visible(steps: tuple[str, ...]) -> bool:
 def _next_attempt(final: Path) -> tuple[int, Path | None]:
     """Return the number of the next attempt and what the latest one before it left."""
     there = _is_folder(final)
+    prefix = f"{final.parent}/.{final.name}.attempt-"
     number = 1
     # A run after a whole one begins at 2, so the first folder may be missing.
-    while any(_attempt_folder(final, n).exists() for n in (number, number + 1)):
+    while any(os.path.exists(f"{prefix}{n}") for n in (number, number + 1)):  # noqa: PTH110 - hot path
         number += 1
     if number > 1:
         return number, _attempt_folder(final, number - 1)

@@ -6,8 +6,10 @@ that leads out of it counts as absent.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,32 +77,52 @@ def _entry(
     folder: Path, name: str, now: str, *, required: bool, digest: str | None
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": name, "path": name, "type": _kind(name), "required": required}
-    path = folder / name
-    if not _is_visible(name) or not _is_ours(path, folder):
+    status = _find(folder, name)
+    if status is None:
         return {**entry, "status": "missing"}
-    entry.update(status="present", updated_at=now)
-    if path.is_dir():
-        files = [item for item in path.rglob("*") if item.is_file() and not item.is_symlink()]
-        size = sum(item.stat().st_size for item in files)
-        return {**entry, "size": size, "file_count": len(files)}
-    entry["size"] = path.stat().st_size
-    if path.is_file():  # a pipe would wait for its writer
-        entry["sha256"] = digest or _sha256(path)
+    entry.update(status="present", updated_at=now, size=status.st_size)
+    if stat.S_ISDIR(status.st_mode):
+        entry["size"], entry["file_count"] = _measure(f"{folder}/{name}")
+    elif stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
+        entry["sha256"] = digest or _sha256(folder / name)
     return entry
+
+
+def _find(folder: Path, name: str) -> os.stat_result | None:
+    """Return what the name stands for, links followed; None when that is not the task's content."""
+    if not _is_visible(name):
+        return None
+    try:
+        status = os.lstat(f"{folder}/{name}")
+        # Only a link can lead out, and the last part of a plain name is looked at here.
+        if "/" not in name and not stat.S_ISLNK(status.st_mode):
+            return status
+        path = folder / name
+        return path.stat() if folder.resolve() in path.resolve().parents else None
+    except RuntimeError:  # how resolve() reports links in a circle before Python 3.13
+        return None
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+
+
+def _measure(folder: str) -> tuple[int, int]:
+    """Return bytes and number of the regular files below a folder, links left out."""
+    size = count = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                inner_size, inner_count = _measure(entry.path)
+                size, count = size + inner_size, count + inner_count
+            elif entry.is_file(follow_symlinks=False):
+                size, count = size + entry.stat(follow_symlinks=False).st_size, count + 1
+    return size, count
 
 
 def _is_visible(name: str) -> bool:
     """Whether the name is of the task's content: what begins with a dot ends with the attempt."""
     return not name.startswith(".") and ".." not in PurePosixPath(name).parts
-
-
-def _is_ours(path: Path, folder: Path) -> bool:
-    """Whether the path exists and, links resolved, lies in the folder."""
-    if not os.path.lexists(path):
-        return False
-    if not path.is_symlink() and path.parent == folder:
-        return True
-    return path.exists() and folder.resolve() in path.resolve().parents
 
 
 def _sha256(path: Path) -> str:
