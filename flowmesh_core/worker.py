@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -37,34 +36,21 @@ from flowmesh_core.errors import (
     FlowmeshError,
     UploadError,
 )
-from flowmesh_core.events import (
-    HEARTBEAT,
-    REGISTER,
-    STATUS,
-    TASK_PROGRESS,
-    TASK_STARTED,
-    TASK_SUCCEEDED,
-    UNREGISTER,
-    TaskEvent,
-    WorkerEvent,
-    task_payload,
-)
+from flowmesh_core.events import TASK_STARTED, TASK_SUCCEEDED, TaskEvent, task_payload
 from flowmesh_core.executor import Outcome
 from flowmesh_core.ledger import Finished, TaskLedger, Verdict
 from flowmesh_core.merge import failure_document, share_out
 from flowmesh_core.plugins import Plugins, load_driver, load_plugins
+from flowmesh_core.presence import Presence
 from flowmesh_core.runner import Runner
 from flowmesh_core.stores.base import Store
-from flowmesh_core.telemetry.heartbeat import Heartbeat, build_farewell, build_metrics
-from flowmesh_core.telemetry.power import PowerSampler
-from flowmesh_core.telemetry.probes import GpuReader, probe_hardware
+from flowmesh_core.telemetry.probes import GpuReader
 from flowmesh_core.transports.base import Delivery, Transport
 
 __all__ = ["Worker"]
 
 _log = logging.getLogger(__name__)
 _FLUSH_S = 10.0
-_PROBE_S = 20.0
 
 
 @attrs.define(eq=False)
@@ -121,9 +107,12 @@ class Worker:
         )
         self.folders = TaskFolders(settings.results_dir, settings.allowed_dirs)
         self.dropped = 0
-        self._gpus = GpuReader(visible_devices=settings.visible_devices)
-        self._devices = tuple(str(gpu.index) for gpu in self._gpus.list_gpus())
+        gpus = GpuReader(visible_devices=settings.visible_devices)
+        self._devices = tuple(str(gpu.index) for gpu in gpus.list_gpus())
         self.registry = self.plugins.build_registry(settings, gpu_count=len(self._devices))
+        self._presence = Presence(
+            settings, self.transport, self.plugins, gpus=gpus if self._devices else None
+        )
         self._stores: dict[str, Store] = {}
         self._artifacts = ArtifactPipeline(self._store_for, fsync=settings.fsync)
         self._ledger = TaskLedger()
@@ -131,16 +120,6 @@ class Worker:
         self._in_hand = asyncio.Semaphore(2 * settings.max_concurrent_tasks)
         self._draining = False
         self._hurry = asyncio.Event()
-        self._registered = False
-        self._started = time.monotonic()
-        self._started_at = utc_now()
-        self._status = "IDLE"
-        self._power = PowerSampler(gpu=self._gpus if self._devices else None)
-        self._heartbeat = Heartbeat(
-            self._beat,
-            interval_s=settings.heartbeat_interval_s,
-            extra_fields=self.plugins.heartbeat_fields,
-        )
         # Made in `run`: it belongs to the event loop.
         self._runner: Runner
 
@@ -158,15 +137,13 @@ class Worker:
                 policy=NetworkPolicy.from_settings(self.settings), results_dir=self.folders.root
             ),
             devices=self._devices,
-            on_progress=self._progress,
+            on_progress=self._presence.say_progress,
         )
         try:
             # Subscribed first, announced second: nothing dispatched to us can be missed.
             await self.transport.open()
-            self._power.start()
-            hardware = await self._probe()
             if not self._draining:
-                self._register(hardware)
+                await self._presence.announce()
             async for delivery in self.transport.deliveries():
                 self._receive(delivery)
             await self._drain()
@@ -223,24 +200,21 @@ class Worker:
             )
             return
         _log.warning("refused task %s: %s", task_id, error)
-        self._send_task(TaskEvent.failed(task_id, error))
-        self._send_status(self._status, {"last_task": task_id})
+        self._presence.say(TaskEvent.failed(task_id, error))
+        self._presence.say_status(full=self._runner.full, last_task=task_id)
 
     def _acknowledge(self, envelope: Envelope, finished: Finished | None) -> None:
         """Say again where a task stands that this worker holds or has finished."""
         task_id = envelope.task.task_id
         _log.info("task %s came again; it is not run twice", task_id)
         if finished is not None:
-            self._send_task(finished.event.model_copy(update={"ts": utc_now()}))
-            self._send_status(self._status, {"last_task": task_id})
-        elif self._runner_has(task_id):
-            payload = task_payload(
-                envelope.task, started_at=utc_now(), dispatched_at=envelope.dispatched_at
-            )
-            self._send_task(TaskEvent(type=TASK_STARTED, task_id=task_id, payload=payload))
-
-    def _runner_has(self, task_id: str) -> bool:
-        return task_id in self._ledger.held
+            self._presence.say(finished.event.model_copy(update={"ts": utc_now()}))
+            self._presence.say_status(full=self._runner.full, last_task=task_id)
+            return
+        payload = task_payload(
+            envelope.task, started_at=utc_now(), dispatched_at=envelope.dispatched_at
+        )
+        self._presence.say(TaskEvent(type=TASK_STARTED, task_id=task_id, payload=payload))
 
     # Run, share out, write, deliver, report.
 
@@ -263,14 +237,14 @@ class Worker:
                 self._end(report, ExecutionError(f"{type(exc).__name__}: {exc}"), None)
             else:
                 self._end(report, None, None)
-        self._announce_rest(envelope.task.task_id)
+        self._presence.say_status(full=self._runner.full, last_task=envelope.task.task_id)
 
     def _begin(self, report: _Report) -> None:
         report.started, report.started_at = time.monotonic(), utc_now()
         task_id = report.envelope.task.task_id
-        self._send_status("RUNNING" if self._runner.full else "IDLE", {"task_id": task_id})
+        self._presence.say_status(full=self._runner.full, task_id=task_id)
         event = TaskEvent(type=TASK_STARTED, task_id=task_id, payload=report.payload())
-        self._send_task(event)
+        self._presence.say(event)
 
     async def _execute(self, envelope: Envelope) -> _GroupRun:
         """Run the leader, then its members; needs the slot.
@@ -361,86 +335,15 @@ class Worker:
         else:
             _log.warning("task %s failed (%s): %s", task_id, error.code, error)
             event = TaskEvent.failed(task_id, error, payload=payload)
+        self._presence.say(event)
         finished = Finished(
-            event=self._send_task(event),
+            event=event,
             dispatched_at=envelope.dispatched_at,
             spec=envelope.task.spec,
             ok=error is None,
             undelivered=undelivered,
         )
         self._ledger.finish(task_id, finished)
-
-    def _announce_rest(self, task_id: str) -> None:
-        self._status = "RUNNING" if self._runner.full else "IDLE"
-        self._send_status(self._status, {"last_task": task_id})
-
-    # Say who and how we are.
-
-    async def _probe(self) -> Mapping[str, Any]:
-        """Describe the machine; a driver that hangs costs the description, not the start."""
-        probing = asyncio.to_thread(
-            probe_hardware,
-            network_bandwidth_bytes_per_s=self.settings.network_bandwidth_bytes_per_s,
-            visible_devices=self.settings.visible_devices,
-        )
-        try:
-            return await asyncio.wait_for(probing, _PROBE_S)
-        except asyncio.TimeoutError:
-            _log.error("the hardware did not answer within %g s; registering without it", _PROBE_S)
-            return {}
-
-    def _register(self, hardware: Mapping[str, Any]) -> None:
-        payload = {
-            "env": {},
-            "hardware": hardware,
-            "cost_per_hour": self.settings.cost_per_hour,
-            "power_metrics": self._power.latest(),
-            "started_at": self._started_at,
-            "pid": os.getpid(),
-            "executors": [info.to_dict() for info in self.registry.infos],
-            "plugins": [
-                {"name": report.name, "state": report.state.value, "reason": report.reason}
-                for report in self.plugins.reports
-            ],
-        }
-        tags = list(self.settings.worker_tags)
-        self._send_worker(WorkerEvent(type=REGISTER, status="STARTING", tags=tags, payload=payload))
-        self._send_status("IDLE", {})
-        self._registered = True
-        self._heartbeat.start()
-
-    def _unregister(self) -> None:
-        payload = build_farewell(
-            uptime_s=time.monotonic() - self._started,
-            cost_per_hour=self.settings.cost_per_hour,
-            power=self._power,
-        )
-        self._send_worker(WorkerEvent(type=UNREGISTER, payload=payload))
-
-    def _beat(self) -> None:
-        metrics = build_metrics(
-            uptime_s=time.monotonic() - self._started,
-            cost_per_hour=self.settings.cost_per_hour,
-            power=self._power,
-            extra=self._heartbeat.extra,
-        )
-        self._send_worker(WorkerEvent(type=HEARTBEAT, metrics=metrics))
-
-    def _progress(self, task_id: str, values: Mapping[str, Any]) -> None:
-        self._send_task(TaskEvent(type=TASK_PROGRESS, task_id=task_id, payload=dict(values)))
-
-    def _send_status(self, status: str, payload: dict[str, Any]) -> None:
-        self._status = status
-        self._send_worker(WorkerEvent(type=STATUS, status=status, payload=payload))
-
-    def _send_worker(self, event: WorkerEvent) -> None:
-        event.worker_id = self.settings.worker_id
-        self.transport.send(event)
-
-    def _send_task(self, event: TaskEvent) -> TaskEvent:
-        event.worker_id = self.settings.worker_id
-        self.transport.send(event)
-        return event
 
     def _store_for(self, kind: str) -> Store:
         """Return the store of a destination type.
@@ -473,12 +376,9 @@ class Worker:
         await ended
 
     async def _leave(self) -> None:
-        self._heartbeat.stop()
-        self._power.stop()
-        if self._registered:
-            self._unregister()
-            if not await self.transport.flush(_FLUSH_S):
-                _log.error("some events could not be sent within %g s", _FLUSH_S)
+        self._presence.withdraw()
+        if not await self.transport.flush(_FLUSH_S):
+            _log.error("some events could not be sent within %g s", _FLUSH_S)
         await self.transport.close()
         await self._runner.close()
         for store in self._stores.values():

@@ -15,6 +15,7 @@ import attrs
 import click
 
 from flowmesh_core.cli.documents import read_document
+from flowmesh_core.cli.process import leave, run_main
 
 if TYPE_CHECKING:  # loaded when the command runs
     from flowmesh_core.local_run import LocalRun, StageReport
@@ -73,14 +74,13 @@ def command(
     progress = Progress(workflow, quiet=as_json)
     run = LocalRun(workflow, settings, plugins, on_event=progress.note)
     with progress:
-        reports, interrupted = asyncio.run(_run(run))
+        reports, interrupted = run_main(_run(run))
     if as_json:
         click.echo(json.dumps([_as_json(report) for report in reports], indent=2))
     else:
         _print(reports)
-    if interrupted:
-        raise SystemExit(130)
-    raise SystemExit(0 if all(report.ok for report in reports) else 1)
+    failed = not all(report.ok for report in reports)
+    leave(130 if interrupted else int(failed))
 
 
 async def _run(run: LocalRun) -> tuple[Sequence[StageReport], bool]:

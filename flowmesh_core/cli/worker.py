@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flowmesh_core.cli.process import leave, run_main
+
 if TYPE_CHECKING:  # loaded when the command runs
     from flowmesh_core.config import Settings
     from flowmesh_core.worker import Worker
@@ -47,7 +49,8 @@ def command(plugin_files: tuple[Path, ...], without: tuple[str, ...]) -> None:
     plugins = load_plugins(settings, files=plugin_files)
     worker = Worker(settings, plugins=plugins)
     _log_to_file(settings, worker.folders.worker_log(settings.worker_id))
-    asyncio.run(_work(worker))
+    run_main(_work(worker))
+    leave(0)
 
 
 def _log_to_file(settings: Settings, path: Path) -> None:

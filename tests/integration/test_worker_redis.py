@@ -387,6 +387,41 @@ def test_a_task_that_outlasts_the_drain_is_given_back_as_retriable(
     assert "stopping" in failed["error"]
 
 
+STUBBORN = """
+import time
+from flowmesh_core import Executor, ExecutorInfo, hookimpl
+
+@hookimpl
+def flowmesh_register_executors():
+    return [ExecutorInfo(name="stubborn", task_types={"stubborn"}, target=f"{__name__}:Stubborn")]
+
+class Stubborn(Executor):
+    def run(self, ctx):
+        while True:
+            time.sleep(0.1)
+"""
+
+
+def test_an_executor_that_will_not_stop_does_not_keep_the_worker(
+    host: StandInOrchestrator, flowmesh_redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    with WorkerProcess(
+        flowmesh_redis_url,
+        tmp_path / "results",
+        environ={"FLOWMESH_DRAIN_TIMEOUT_S": "0"},
+        arguments=("--plugin", str(tmp_path / "stubborn.py")),
+    ) as worker:
+        host.wait_workers(1)
+        host.submit(echo(taskType="stubborn"))
+        host.wait_for(lambda: ("TASK_STARTED", None) in types_of(host))
+        worker.signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+        assert "did not stop" in worker.stderr
+    host.wait_for(lambda: ("UNREGISTER", None) in types_of(host))
+    assert ("TASK_FAILED", None) in types_of(host)
+
+
 def test_a_deadline_ends_a_task_by_name(
     host: StandInOrchestrator, flowmesh_redis_url: str, tmp_path: Path
 ) -> None:

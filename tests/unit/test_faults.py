@@ -35,7 +35,8 @@ from flowmesh_core import Executor, ExecutorInfo, hookimpl
 @hookimpl
 def flowmesh_register_executors():
     return [
-        ExecutorInfo(name="shout", task_types={"shout"}, target=f"{__name__}:Shout", inputs={"rows"}),
+        ExecutorInfo(name="shout", task_types={"shout"}, target=f"{__name__}:Shout",
+                     inputs={"rows"}),
         ExecutorInfo(name="nap", task_types={"nap"}, target=f"{__name__}:Nap",
                      capabilities={"cpu", "concurrent"}),
     ]
@@ -237,7 +238,7 @@ def slow_server() -> Iterator[str]:
             until = time.monotonic() + 1.5
             while left > 0:
                 left -= len(connection.recv(1 << 16))
-                time.sleep(0.05 if time.monotonic() < until else 0)
+                time.sleep(0.01 if time.monotonic() < until else 0)
             connection.sendall(
                 b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n"
             )
@@ -262,7 +263,7 @@ def test_a_slow_download_that_lives_outlasts_its_timeout(slow_server: str, tmp_p
 
 def test_a_slow_upload_that_lives_outlasts_its_timeout(slow_server: str, tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
-    path.write_bytes(bytes(16 << 20))
+    path.write_bytes(bytes(24 << 20))
     settings = load_settings({}, results_dir=tmp_path, worker_id="w1", delivery_retries=0)
     destination = Destination(type="http", url=slow_server, timeout_s=0.8)
 
