@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import json
 import re
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, wait
@@ -221,6 +222,17 @@ class ChildTask:
         return asyncio.wrap_future(self._future).__await__()
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        json.dumps(plain)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+        return str(value)
+    return plain
+
+
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """Stand in for a callback that nobody listens to."""
 
@@ -277,9 +289,11 @@ class RunContext:
         Args:
             fraction: 0 to 1 and never falling, or None when unknown.
             message: For people.
-            values: JSON numbers and texts, such as ``loss`` or ``step``.
+            values: Numbers and texts, such as ``loss`` or ``step``; NumPy and torch scalars are
+                taken as numbers, anything else that is no JSON as its text.
         """
-        self.on_progress({"fraction": fraction, "message": message, **values})
+        plain = {key: _as_json(value) for key, value in values.items()}
+        self.on_progress({"fraction": _as_json(fraction), "message": message, **plain})
 
     def log(self, message: str, *, level: str = "info") -> None:
         """Write one line to the task's log."""

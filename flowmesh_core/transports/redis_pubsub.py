@@ -103,10 +103,6 @@ class _Registration:
         self._status_since = 0.0
         self._fields: dict[str, str] = {}
 
-    @property
-    def active(self) -> bool:
-        return self._register is not None
-
     def apply(self, pipe: Any, event: Event) -> None:
         """Queue the commands of one event; ``finish`` must follow in the same transaction."""
         if isinstance(event, TaskEvent):
@@ -209,6 +205,16 @@ class _Registration:
             pipe.execute()
 
 
+def _is_writable(event: Event) -> bool:
+    """Whether an event is JSON: one that is not must not hold up all that follow."""
+    try:
+        event.to_json()
+    except (TypeError, ValueError, RecursionError) as exc:
+        _log.error("event %s cannot be sent: %s", event.type, exc)
+        return False
+    return True
+
+
 class _Publisher:
     """The thread that owns all writing: events in order, each repeated until Redis took it."""
 
@@ -265,7 +271,7 @@ class _Publisher:
 
     def _write(self, client: redis.Redis, batch: Sequence[_Item]) -> None:
         events = [item for item in batch if not isinstance(item, threading.Event)]
-        if events:
+        if events := [event for event in events if _is_writable(event)]:
             self._send(client, events)
         for item in batch:
             if isinstance(item, threading.Event):

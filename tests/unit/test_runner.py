@@ -125,6 +125,22 @@ def test_a_secret_is_masked_wherever_it_comes_out(
     assert "${env.SERVICE_PASSWORD}" in log
 
 
+class Scalar:
+    def item(self) -> float:
+        return 0.25
+
+
+class ReportsOddly(Executor):
+    async def run(self, ctx: RunContext) -> dict[str, Any]:
+        ctx.progress(0.5, loss=Scalar(), where=Path("x"), steps=[1, 2])
+        return {}
+
+
+def test_progress_takes_scalars_of_other_libraries_and_texts_for_the_rest(tmp_path: Path) -> None:
+    (said,) = run_task(ReportsOddly, {}, folder=tmp_path).progress
+    assert said == {"fraction": 0.5, "message": "", "loss": 0.25, "where": "x", "steps": [1, 2]}
+
+
 class Parent(Executor):
     async def run(self, ctx: RunContext) -> dict[str, Any]:
         outcome = await ctx.run_task({"taskType": "echo", "message": "child"})
