@@ -435,11 +435,14 @@ class RedisPubSubTransport(Transport):
             self._publisher.put((event,))
             return
         self._outgoing.append(event)
-        if event.type not in (STATUS, TASK_STARTED):
+        if event.type in (STATUS, TASK_STARTED):
+            if self._waking is None:
+                self._waking = self._loop.call_later(_LINGER_S, self._release)
+        elif isinstance(event, TaskEvent):
             self._cancel_waking()
             self._waking = self._loop.call_soon(self._release)
-        elif self._waking is None:
-            self._waking = self._loop.call_later(_LINGER_S, self._release)
+        else:
+            self._release()  # a registration must not be overtaken by another thread's heartbeat
 
     def _cancel_waking(self) -> None:
         if self._waking is not None:

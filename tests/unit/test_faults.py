@@ -231,20 +231,26 @@ def slow_server() -> Iterator[str]:
         with connection:
             head = b""
             while b"\r\n\r\n" not in head:
-                head += connection.recv(1024)
+                piece = connection.recv(1024)
+                if not piece:
+                    return
+                head += piece
             words = head.lower().split(b"content-length: ")
             left = int(words[1].split(b"\r\n")[0]) if len(words) > 1 else 0
             left -= len(head.split(b"\r\n\r\n", 1)[1])
-            until = time.monotonic() + 1.5
+            until = time.monotonic() + 3.5
             while left > 0:
-                left -= len(connection.recv(1 << 16))
+                piece = connection.recv(1 << 16)
+                if not piece:
+                    return
+                left -= len(piece)
                 time.sleep(0.01 if time.monotonic() < until else 0)
             connection.sendall(
                 b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n"
             )
             for _ in range(15):
                 connection.sendall(b"x")
-                time.sleep(0.1)
+                time.sleep(0.2)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -256,8 +262,8 @@ def slow_server() -> Iterator[str]:
 def test_a_slow_download_that_lives_outlasts_its_timeout(slow_server: str, tmp_path: Path) -> None:
     fetcher = Fetcher(policy=NetworkPolicy(), results_dir=tmp_path, attempts=1)
     started = time.monotonic()
-    path = fetcher.download(slow_server, tmp_path / "in", timeout_s=0.8)
-    assert time.monotonic() - started > 1.2
+    path = fetcher.download(slow_server, tmp_path / "in", timeout_s=2.5)
+    assert time.monotonic() - started > 2.5
     assert path.read_bytes() == b"x" * 15
 
 
@@ -265,7 +271,7 @@ def test_a_slow_upload_that_lives_outlasts_its_timeout(slow_server: str, tmp_pat
     path = tmp_path / "model.bin"
     path.write_bytes(bytes(24 << 20))
     settings = load_settings({}, results_dir=tmp_path, worker_id="w1", delivery_retries=0)
-    destination = Destination(type="http", url=slow_server, timeout_s=0.8)
+    destination = Destination(type="http", url=slow_server, timeout_s=2.5)
 
     async def upload() -> dict[str, Any]:
         store = HttpStore(settings)
@@ -276,4 +282,4 @@ def test_a_slow_upload_that_lives_outlasts_its_timeout(slow_server: str, tmp_pat
 
     started = time.monotonic()
     assert asyncio.run(upload())["uploaded"] is True
-    assert time.monotonic() - started > 1.5
+    assert time.monotonic() - started > 2.5
