@@ -318,7 +318,8 @@ def refuse_fields(block: BaseModel, names: Iterable[str], *, engine: str) -> Non
     refused = [
         name
         for name in names
-        if getattr(block, name) != fields[name].get_default(call_default_factory=True, validated_data={})
+        if getattr(block, name)
+        != fields[name].get_default(call_default_factory=True, validated_data={})
     ]
     if refused:
         raise ValueError(f"{engine} cannot honour {', '.join(refused)}; leave it out")

@@ -1,0 +1,389 @@
+"""The pages tell the truth: code runs, commands parse, links lead somewhere, tables match."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+import pytest
+import yaml
+
+import flowmesh_core.cli as command_line
+from flowmesh_core import Capability, ExecutorInfo, RunContext, errors, events, hookspecs
+from flowmesh_core.config import load_settings
+from flowmesh_core.local_run import plan
+from flowmesh_core.plugins import load_plugins
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("plugins/*/*.md")])
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+# Parts that are planned; a row of faults.md may wait for one of them and for nothing else.
+PLANNED = (
+    *("durable queue", "control channel", "server", "processes", "archives", "metrics"),
+    *("training", "agent", "vllm", "transformers", "shell", "ws", "grpc"),
+)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path: Path, language: str) -> list[tuple[str, str]]:
+    """Return title and content of each block of a language."""
+    return [(title, code) for lang, title, code in FENCE.findall(text_of(path)) if lang == language]
+
+
+def rows(path: Path, heading: str = "") -> list[list[str]]:
+    """Return the cells of every table row below a heading; of the whole page without one."""
+    text = text_of(path)
+    if heading:
+        text = re.split(rf"^#+ {re.escape(heading)}$", text, flags=re.MULTILINE)[1]
+        text = re.split(r"^#+ ", text, flags=re.MULTILINE)[0]
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def first_names(table: list[list[str]]) -> list[str]:
+    """Return what stands in backticks in the first cells, arguments and ``ctx.`` left out."""
+    found = [re.findall(r"`(?:ctx\.)?(\w[\w.]*)(?:\([^`]*\))?`", row[0]) for row in table]
+    return [name for names in found for name in names]
+
+
+# Links.
+
+
+def slug(heading: str) -> str:
+    plain = re.sub(r"[`*]", "", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    text = FENCE.sub("", text_of(path))
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_relative_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text_of(page))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{name_of(page)} links to {target}"
+
+
+def test_the_index_names_every_page() -> None:
+    for page in DOCS.glob("*.md"):
+        if page.name not in ("index.md", "faults.md"):
+            assert f"({page.name})" in text_of(DOCS / "index.md"), page.name
+
+
+# Code.
+
+
+def page_module(page: Path) -> str:
+    """Join the python blocks that are not files of a packaged plugin."""
+    return "\n\n".join(code for title, code in blocks(page, "python") if "/" not in title)
+
+
+WITH_CODE = [page for page in PAGES if page_module(page)]
+
+
+def run(*arguments: str, cwd: Path, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text(page_module(page))
+    run("-W", "error", "-c", "import page", cwd=tmp_path)
+
+
+def test_pages_that_teach_have_code() -> None:
+    taught = {page.name for page in WITH_CODE}
+    assert {"quickstart.md", "writing-an-executor.md", "hooks.md"} <= taught
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "writing-an-executor.md"])
+def test_the_files_of_a_page_run_as_it_says(page: str, tmp_path: Path) -> None:
+    files = [*blocks(DOCS / page, "python"), *blocks(DOCS / page, "yaml")]
+    for title, code in files:
+        if title and "/" not in title:
+            (tmp_path / title).write_text(code)
+    command = next(
+        line for line in command_lines(DOCS / page) if line.endswith("shout.yaml --plugin shout.py")
+    )
+    (report,) = json.loads(
+        run("-m", "flowmesh_core", *shlex.split(command)[1:], "--json", cwd=tmp_path)
+    )
+    assert report["ok"] is True
+    assert "HELLO" in json.dumps(report["result"])
+
+
+def test_the_two_stages_of_the_quickstart_pass_a_value_on(tmp_path: Path) -> None:
+    code = dict(blocks(DOCS / "quickstart.md", "yaml"))["two.yaml"]
+    (tmp_path / "two.yaml").write_text(code)
+    reports = json.loads(run("-m", "flowmesh_core", "run", "two.yaml", "--json", cwd=tmp_path))
+    assert [report["ok"] for report in reports] == [True, True]
+    assert reports[1]["result"]["echo"]["message"] == "it said world"
+
+
+def test_the_distribution_of_the_page_is_a_plugin_that_passes_its_own_tests(tmp_path: Path) -> None:
+    page = DOCS / "writing-an-executor.md"
+    files = {
+        title: code for kind in ("python", "toml", "yaml") for title, code in blocks(page, kind)
+    }
+    packaged = [title for title in files if "/" in title]
+    assert len(packaged) == 3
+    for title in [*packaged, "pyproject.toml", "shout.yaml"]:
+        path = tmp_path / "project" / title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[title])
+    project, site = tmp_path / "project", str(tmp_path / "site")
+    run("-m", "hatchling", "build", "-t", "wheel", cwd=project)
+    (wheel,) = (project / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    listed = json.loads(
+        run("-m", "flowmesh_core", "plugins", "list", "--json", cwd=project, PYTHONPATH=site)
+    )
+    (row,) = [row for row in listed if row["name"] == "acme-shout"]
+    assert (row["state"], row["distribution"]) == ("loaded", "acme-shout")
+    (report,) = json.loads(
+        run("-m", "flowmesh_core", "run", "shout.yaml", "--json", cwd=project, PYTHONPATH=site)
+    )
+    folder = project / report["folder"]
+    assert (folder / "shouted.jsonl").read_text().splitlines()[1] == '{"said": "WORLD"}'
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=project, PYTHONPATH=site)
+
+
+def test_the_hooks_page_is_itself_a_plugin_with_every_hook(tmp_path: Path) -> None:
+    path = tmp_path / "all_hooks.py"
+    path.write_text(page_module(DOCS / "hooks.md"))
+    plugins = load_plugins(load_settings({}), files=[path])
+    (report,) = [report for report in plugins.reports if report.name == "all_hooks"]
+    assert set(report.hooks) == HOOKS
+    plugins.observe("flowmesh_before_task", task_id="t", task_type="x", metadata={})
+    assert plugins.heartbeat_fields() == {"acme_started": 1, "acme_failures": 0}
+    with pytest.raises(errors.InputError, match="mount the share"):
+        plugins.model_sources()["acme"]({"identifier": "../x"}, offline=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_data_on_a_page_is_well_formed(page: Path) -> None:
+    for _, code in blocks(page, "json"):
+        assert isinstance(json.loads(code), dict)
+    for _, code in blocks(page, "yaml"):
+        assert isinstance(yaml.safe_load(code), dict)
+    for title, code in blocks(page, "yaml"):
+        if title:
+            assert plan(yaml.safe_load(code)).tasks
+
+
+# Commands.
+
+
+def command_lines(page: Path) -> Iterator[str]:
+    """Yield every ``flowmesh ...`` of shell blocks and of inline code."""
+    for _, code in blocks(page, "bash"):
+        for line in re.split(r"(?<!\\)\n", code):
+            for part in line.replace("\\\n", " ").split("&&"):
+                words = shlex.split(part, comments=True)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words.pop(0)
+                if words and words[0].endswith("flowmesh"):
+                    yield shlex.join(["flowmesh", *words[1:]])
+    yield from re.findall(r"`(flowmesh [a-z-][^`]*)`", FENCE.sub("", text_of(page)))
+
+
+COMMANDS = sorted({line for page in PAGES for line in command_lines(page)})
+
+
+def touch_files(words: list[str], folder: Path) -> None:
+    for word in words:
+        if Path(word).suffix in (".yaml", ".py") or word in ("FILE", "FILE.py"):
+            path = folder / word
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def parse_command(words: list[str]) -> None:
+    """Parse without running; whatever is wrong raises ``click.UsageError``."""
+    command: Any = command_line._cli
+    context = click.Context(command, info_name="flowmesh")
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        found = command.get_command(context, words[0])
+        if found is None:
+            raise click.UsageError(f"no command {words[0]!r}")
+        command, words = found, words[1:]
+        context = click.Context(command, info_name=command.name, parent=context)
+    # The name alone is prose; --help and --version print and end.
+    if words and words[0] not in ("--help", "--version"):
+        command.make_context(command.name, list(words), parent=context)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_line_on_the_pages_parses(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)[1:]
+    touch_files(words, tmp_path)
+    parse_command(words)
+
+
+@pytest.mark.parametrize(
+    "line", ["train", "run --fast FILE", "plugins remove x", "run --json", "check FILE extra"]
+)
+def test_a_command_line_that_is_wrong_does_not_parse(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch_files(line.split(), tmp_path)
+    with pytest.raises(click.UsageError, match=r"."):
+        parse_command(line.split())
+
+
+def test_every_command_is_shown_somewhere() -> None:
+    shown = {line.split()[1] for line in COMMANDS if len(line.split()) > 1}
+    assert set(command_line._COMMANDS) <= shown
+
+
+# Tables.
+
+HOOKS = {name for name in vars(hookspecs) if name.startswith("flowmesh_")}
+ERRORS: list[type[errors.FlowmeshError]] = [getattr(errors, name) for name in errors.__all__]
+EVENTS = {value for name, value in vars(events).items() if isinstance(value, str) and name == value}
+MEMBERS = {field.name for field in attrs.fields(RunContext)} | {
+    name for name in vars(RunContext) if not name.startswith("_")
+}
+WRITING = DOCS / "writing-an-executor.md"
+
+
+@pytest.mark.parametrize(
+    ("described", "there"),
+    [
+        (
+            first_names(rows(WRITING, "ExecutorInfo")[1:18]),
+            {f.name for f in attrs.fields(ExecutorInfo)},
+        ),
+        (first_names(rows(WRITING, "ExecutorInfo")[18:]), {item.value for item in Capability}),
+        (first_names(rows(WRITING, "RunContext")), MEMBERS),
+        (first_names(rows(DOCS / "errors.md")), {cls.code for cls in ERRORS}),
+        (first_names(rows(DOCS / "contract.md", "Events")), EVENTS),
+        (re.findall(r"^## (\w+)$", text_of(DOCS / "hooks.md"), re.MULTILINE), HOOKS),
+    ],
+    ids=["ExecutorInfo", "capabilities", "RunContext", "errors", "events", "hooks"],
+)
+def test_a_table_describes_exactly_what_there_is(described: list[str], there: set[str]) -> None:
+    assert len(there) > 4
+    assert sorted(described) == sorted(there)
+
+
+@pytest.mark.parametrize("cls", ERRORS, ids=lambda cls: cls.__name__)
+def test_an_error_has_its_class_and_says_whether_to_try_again(
+    cls: type[errors.FlowmeshError],
+) -> None:
+    table = {row[0].strip("`"): row for row in rows(DOCS / "errors.md")}
+    code, name, retriable, meaning, _ = table[cls.code]
+    assert name == f"`{cls.__name__}`"
+    assert retriable == ("yes" if cls.retriable else "no")
+    assert meaning, code
+
+
+def test_every_field_of_a_declaration_has_its_default() -> None:
+    told = {row[0].strip("`"): row[1] for row in rows(WRITING, "ExecutorInfo")[1:18]}
+    for field in attrs.fields(ExecutorInfo):
+        assert (told[field.name] == "required") == (field.default is attrs.NOTHING), field.name
+
+
+def test_every_hook_has_an_example_of_its_own() -> None:
+    for section in re.split(r"^## ", text_of(DOCS / "hooks.md"), flags=re.MULTILINE)[1:]:
+        name = section.split()[0]
+        assert re.search(rf"^@hookimpl\ndef {name}\(", section, re.MULTILINE), name
+
+
+def test_every_inference_field_is_in_the_contract_with_its_default() -> None:
+    from flowmesh_core import InferenceParams
+
+    told = {
+        name: row[1]
+        for row in rows(DOCS / "contract.md", "Inference")
+        for name in re.findall(r"`(\w+)`", row[0])
+    }
+    del told["inference"]
+    assert set(told) == set(InferenceParams.model_fields)
+    for name, field in InferenceParams.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, (int, float, str)):
+            assert told[name].strip("`") == f"{default:g}" if name != "prompt_format" else default
+
+
+# Faults.
+
+NOTHING = "\N{EN DASH}"
+FAULTS = [row for row in rows(DOCS / "faults.md") if row[0] != "#"]
+
+
+@cache
+def shown_by(path: Path) -> set[str]:
+    """Return ``test_x`` and ``TestY::test_x`` of a file, without importing it."""
+    found: set[str] = set()
+    for node in ast.parse(text_of(path)).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            methods = (item for item in node.body if isinstance(item, ast.FunctionDef))
+            found |= {f"{node.name}::{method.name}" for method in methods}
+    return found
+
+
+def test_every_fault_has_one_row() -> None:
+    earlier = [str(number) for number in range(1, 63)]
+    second, third = [f"T{n}" for n in range(1, 14)], [f"F{n}" for n in range(1, 20)]
+    assert [row[0] for row in FAULTS] == [*earlier, *second, *third]
+
+
+@pytest.mark.parametrize("row", FAULTS, ids=lambda row: row[0])
+def test_a_fault_is_shown_absent_or_waits_for_a_planned_part(row: list[str]) -> None:
+    _, fault, claim, shown = row
+    tests = re.findall(r"`([^`]+)`", shown)
+    waits = re.search(r"\bwith (.+)$", shown)
+    assert fault
+    assert (claim != NOTHING) == bool(tests), "what is claimed needs a test"
+    assert tests or waits
+    if waits:
+        assert waits[1] in PLANNED
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert (ROOT / file).is_file(), test
+        assert name in shown_by(ROOT / file), test
