@@ -66,6 +66,7 @@ def types(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core alone: no plugin is installed."""
     install(session)
+    session.install("hatchling>=1.27")  # the packaging tests build wheels
     pytest(session, "tests/unit", "tests/integration", "tests/packaging", "-m", "not slow")
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.config import Settings as Settings
     from flowmesh_core.config import load_settings as load_settings
     from flowmesh_core.contract import CONTRACT_VERSION as CONTRACT_VERSION
+    from flowmesh_core.contract import Destination as Destination
     from flowmesh_core.contract import Envelope as Envelope
     from flowmesh_core.contract import StrictBlock as StrictBlock
     from flowmesh_core.contract import Task as Task
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.errors import TransportError as TransportError
     from flowmesh_core.errors import UnknownTaskTypeError as UnknownTaskTypeError
     from flowmesh_core.errors import UploadError as UploadError
+    from flowmesh_core.events import TaskEvent as TaskEvent
+    from flowmesh_core.events import WorkerEvent as WorkerEvent
     from flowmesh_core.executor import API_VERSION as API_VERSION
     from flowmesh_core.executor import Artifact as Artifact
     from flowmesh_core.executor import Capability as Capability
@@ -82,9 +85,10 @@ _EXPORTS = {
     ),
     # The task contract.
     "contract": (
-        *("CONTRACT_VERSION", "Envelope", "StrictBlock", "Task"),
+        *("CONTRACT_VERSION", "Destination", "Envelope", "StrictBlock", "Task"),
         *("parse_envelope", "parse_message", "parse_task"),
     ),
+    "events": ("TaskEvent", "WorkerEvent"),
     # Errors.
     "errors": (
         *("ArtifactError", "CancelledError", "ConfigError", "ContractError", "CrashError"),

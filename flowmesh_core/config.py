@@ -322,4 +322,5 @@ def _variable_of(model: type[BaseModel], field: str, plugin: str) -> str:
     key = _key_of(model, field)
     if key != field and key.isupper():
         return key
-    return f"FLOWMESH_{plugin.replace('-', '_').upper()}_{field.upper()}"
+    owner = re.sub(r"\W", "_", plugin).upper()
+    return f"FLOWMESH_{owner}_{field.upper()}"

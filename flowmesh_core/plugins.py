@@ -371,13 +371,14 @@ def load_driver(group: str, name: str) -> Any:
         PluginError: No such driver, two of them, or it cannot be imported.
     """
     from stevedore.driver import DriverManager  # noqa: PLC0415 - only processes that run tasks
-    from stevedore.exception import MultipleMatches, NoMatches  # noqa: PLC0415
+    from stevedore.exception import MultipleMatches  # noqa: PLC0415
 
+    names = sorted({point.name for point in entry_points(group=group)})
+    if name not in names:  # asked first, since stevedore would log a warning of its own
+        known = ", ".join(names) or "none"
+        raise PluginError(f"{group} has no driver {name!r}; known are {known}")
     try:
         return DriverManager(group, name, on_load_failure_callback=_raise_load_failure).driver
-    except NoMatches:
-        known = ", ".join(sorted({point.name for point in entry_points(group=group)})) or "none"
-        raise PluginError(f"{group} has no driver {name!r}; known are {known}") from None
     except MultipleMatches as exc:
         raise PluginConflictError(f"{group} has several drivers {name!r}: {exc}") from exc
 

@@ -167,9 +167,7 @@ def test_the_shipped_files_alone_run_a_document(built: Built, tmp_path: Path) ->
 
     def flowmesh(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "flowmesh_core", *arguments]
-            if sys.version_info >= (3, 11)
-            else [sys.executable, "-m", "flowmesh_core", *arguments],
+            [sys.executable, "-m", "flowmesh_core", *arguments],
             cwd=tmp_path,
             env=environ,
             capture_output=True,

@@ -34,7 +34,12 @@ def decoys(tmp_path: Path) -> dict[str, str]:
 
 def run(*arguments: str, environ: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=environ
+        [sys.executable, *arguments],
+        cwd=sys.prefix,  # what is installed counts, not what lies in the working folder
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

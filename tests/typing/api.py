@@ -14,6 +14,7 @@ from flowmesh_core import (
     Capability,
     Choice,
     ContractError,
+    Destination,
     Envelope,
     ExecutionError,
     Executor,
@@ -45,7 +46,6 @@ from flowmesh_core import (
     parse_task,
     refuse_fields,
 )
-from flowmesh_core.contract import Destination
 from flowmesh_core.events import TaskEvent
 from flowmesh_core.places.base import Place
 from flowmesh_core.stores.base import Store
