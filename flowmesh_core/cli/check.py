@@ -7,21 +7,15 @@ from pathlib import Path
 import click
 
 from flowmesh_core.cli.documents import read_document
+from flowmesh_core.cli.options import assignments_option, file_argument, plugin_files_option
 
 __all__ = ["command"]
 
 
 @click.command("check")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--set", "assignments", multiple=True, metavar="PATH=VALUE", help="Change a value.")
-@click.option(
-    "--plugin",
-    "plugin_files",
-    multiple=True,
-    metavar="FILE.py",
-    type=click.Path(path_type=Path),
-    help="Load a single-file plugin.",
-)
+@file_argument
+@assignments_option
+@plugin_files_option
 def command(file: Path, assignments: tuple[str, ...], plugin_files: tuple[Path, ...]) -> None:
     """Explain what is wrong with the workflow in FILE, without running it."""
     from flowmesh_core.checking import check_workflow

@@ -15,6 +15,7 @@ import attrs
 import click
 
 from flowmesh_core.cli.documents import read_document
+from flowmesh_core.cli.options import assignments_option, file_argument, plugin_files_option
 from flowmesh_core.cli.process import leave, run_main
 
 if TYPE_CHECKING:  # loaded when the command runs
@@ -27,8 +28,8 @@ _SHOWN_CHARS = 600
 
 
 @click.command("run")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--set", "assignments", multiple=True, metavar="PATH=VALUE", help="Change a value.")
+@file_argument
+@assignments_option
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -37,14 +38,7 @@ _SHOWN_CHARS = 600
     help="Where results are written.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-@click.option(
-    "--plugin",
-    "plugin_files",
-    multiple=True,
-    metavar="FILE.py",
-    type=click.Path(path_type=Path),
-    help="Load a single-file plugin.",
-)
+@plugin_files_option
 def command(
     file: Path,
     assignments: tuple[str, ...],

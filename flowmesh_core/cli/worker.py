@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flowmesh_core.cli.options import plugin_files_option
 from flowmesh_core.cli.process import leave, run_main
 
 if TYPE_CHECKING:  # loaded when the command runs
@@ -23,14 +24,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 @click.command("worker")
-@click.option(
-    "--plugin",
-    "plugin_files",
-    multiple=True,
-    metavar="FILE.py",
-    type=click.Path(path_type=Path),
-    help="Load a single-file plugin.",
-)
+@plugin_files_option
 @click.option("--no-plugin", "without", multiple=True, metavar="NAME", help="Leave a plugin out.")
 def command(plugin_files: tuple[Path, ...], without: tuple[str, ...]) -> None:
     """Take tasks from the queue until stopped; variables configure it (REDIS_URL, RESULTS_DIR...).
