@@ -111,7 +111,7 @@ def dist(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """What takes longer than a change may wait."""
     install(session, *NAMES)
-    pytest(session, "tests", "-m", "slow")
+    pytest(session, "tests/unit", "tests/integration", "tests/together", "-m", "slow")
 
 
 @nox.session(venv_backend="none")
