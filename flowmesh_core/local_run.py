@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,21 +109,17 @@ class LocalRun:
 
     async def _drive(self, working: asyncio.Task[None]) -> None:
         step = begin(self.workflow)
+        at_once: collections.deque[TaskOutcome] = collections.deque()
         while True:
-            outcomes = [o for task in step.ready if (o := self._start(task)) is not None]
-            if step.state.finished():
-                return
-            outcome = outcomes[0] if outcomes else await self._next_outcome(working)
-            step = advance(step.state, outcome)
-            for late in outcomes[1:]:
-                following = advance(step.state, late)
-                step = attrs.evolve(
-                    following,
-                    ready=(*step.ready, *following.ready),
-                    skipped=(*step.skipped, *following.skipped),
-                )
             for task in step.skipped:
                 self._report(task, ok=False, error=step.state.errors[task.task_id])
+            for task in step.ready:
+                if (outcome := self._start(task)) is not None:
+                    at_once.append(outcome)
+            if step.state.finished():
+                return
+            outcome = at_once.popleft() if at_once else await self._next_outcome(working)
+            step = advance(step.state, outcome)
 
     def _note(self, event: TaskEvent | WorkerEvent) -> None:
         if isinstance(event, TaskEvent):
