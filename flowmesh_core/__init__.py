@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.contract import CONTRACT_VERSION as CONTRACT_VERSION
     from flowmesh_core.contract import Destination as Destination
     from flowmesh_core.contract import Envelope as Envelope
-    from flowmesh_core.contract import StrictBlock as StrictBlock
     from flowmesh_core.contract import Task as Task
     from flowmesh_core.contract import parse_envelope as parse_envelope
     from flowmesh_core.contract import parse_message as parse_message
@@ -65,6 +64,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.specs import TaskSpec as TaskSpec
     from flowmesh_core.specs import Usage as Usage
     from flowmesh_core.specs import refuse_fields as refuse_fields
+    from flowmesh_core.validation import StrictBlock as StrictBlock
     from flowmesh_core.worker import Worker as Worker
 
 __version__ = "0.1.0"
@@ -85,10 +85,11 @@ _EXPORTS = {
     ),
     # The task contract.
     "contract": (
-        *("CONTRACT_VERSION", "Destination", "Envelope", "StrictBlock", "Task"),
+        *("CONTRACT_VERSION", "Destination", "Envelope", "Task"),
         *("parse_envelope", "parse_message", "parse_task"),
     ),
     "events": ("TaskEvent", "WorkerEvent"),
+    "validation": ("StrictBlock",),
     # Errors.
     "errors": (
         *("ArtifactError", "CancelledError", "ConfigError", "ContractError", "CrashError"),

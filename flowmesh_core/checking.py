@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flowmesh_core.contract import CommonSpec, describe_problems
+from flowmesh_core.contract import CommonSpec
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.plugins import ExecutorRegistry, import_target
+from flowmesh_core.validation import describe_problems
 from flowmesh_core.workflow import PlannedTask, Workflow
 
 __all__ = ["check_workflow"]

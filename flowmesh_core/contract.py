@@ -6,12 +6,9 @@ later is refused here, every problem in one ``ContractError``. Wire spellings st
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,11 +20,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
 from flowmesh_core.errors import ContractError
+from flowmesh_core.validation import show_value, validate_model
+from flowmesh_core.wire import MAX_DEPTH, decode_json
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -36,19 +34,13 @@ __all__ = [
     "Envelope",
     "Output",
     "Shard",
-    "StrictBlock",
     "Task",
     "UpstreamResults",
     "check_task_id",
-    "decode_json",
-    "describe_problems",
-    "encode_json",
     "find_task_id",
     "parse_envelope",
     "parse_message",
     "parse_task",
-    "utc_now",
-    "validate_model",
 ]
 
 CONTRACT_VERSION = "mloc/v1"
@@ -58,7 +50,6 @@ WORKER_EVENTS_CHANNEL = "workers.events"
 TASK_PROGRESS_CHANNEL = "tasks.progress:{task_id}"
 
 UpstreamResults = Mapping[str, Mapping[str, Any]]
-ModelT = TypeVar("ModelT", bound=BaseModel)
 ParsedT = TypeVar("ParsedT")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")
@@ -71,72 +62,6 @@ _NOT_IN_A_PATH = re.compile("[\0\ud800-\udfff]")
 _SHARED_BY_GROUP = (
     *("taskType", "task_type", "model", "checkpoint", "resources", "enforce_cpu", "executor"),
 )
-_MAX_DEPTH = 200
-
-
-def utc_now() -> str:
-    """Return the wall clock as the wire writes it: RFC 3339, UTC, microseconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
-
-
-def decode_json(text: bytes | str) -> Any:
-    """Parse JSON and turn every way in which that fails into one ``ContractError``."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ContractError(f"message nests deeper than {_MAX_DEPTH} levels") from None
-    except ValueError as exc:
-        raise ContractError(f"message must be JSON in UTF-8: {exc}") from exc
-
-
-def encode_json(value: Any, *, indent: int | None = None) -> bytes:
-    """Write JSON as the wire has it: UTF-8, not ASCII-escaped, strictly valid.
-
-    NaN and infinities become ``null``, which is what JSON has for them; a lone surrogate, which
-    UTF-8 cannot hold, makes the whole text ASCII-escaped instead.
-
-    Raises:
-        TypeError: A value is of a type that JSON does not know; the message names where it stands.
-        ValueError: An integer is too long to be written.
-        RecursionError: The value nests too deeply, or holds itself.
-    """
-    try:
-        text = _dump(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    except ValueError:
-        value = _without_nan(value)
-        text = _dump(value, ensure_ascii=False, indent=indent)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent).encode()
-
-
-def _dump(value: Any, **options: Any) -> str:
-    try:
-        return json.dumps(value, **options)
-    except TypeError as exc:
-        raise TypeError(f"{_first_unknown(value) or 'value'} is not JSON: {exc}") from exc
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0.0 else None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
-
-
-def _first_unknown(value: Any, path: str = "") -> str:
-    if isinstance(value, dict):
-        children: Iterable[tuple[str, Any]] = ((f"{path}.{key}", v) for key, v in value.items())
-    elif isinstance(value, (list, tuple)):
-        children = ((f"{path}[{i}]", v) for i, v in enumerate(value))
-    else:
-        known = isinstance(value, (str, int, float, bool, type(None)))
-        return "" if known else f"{path.lstrip('.') or 'value'} of type {type(value).__name__}"
-    return next((found for at, item in children if (found := _first_unknown(item, at))), "")
 
 
 def check_task_id(value: object) -> str:
@@ -145,61 +70,10 @@ def check_task_id(value: object) -> str:
     Raises:
         ContractError: It is no plain name; numbers count as their decimal text.
     """
-    text = _shown(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    text = show_value(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if isinstance(text, str) and _PLAIN_NAME.match(text):
         return text
-    raise ContractError(f"task_id {_PLAIN_NAME_RULE}, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 600:
-        return f"a number of {value.bit_length()} bits"  # Python refuses to write long ones out
-    if isinstance(value, (str, int, float, bool, type(None))):
-        text = repr(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-    return type(value).__name__
-
-
-class StrictBlock(BaseModel):
-    """A block in which an unknown key is an error that names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        known = set(_accepted_names(cls))
-        problems = [_unknown_key(str(key), known) for key in value if key not in known]
-        if not problems:
-            return value
-        try:  # the known keys may be wrong too
-            cls.model_validate({key: item for key, item in value.items() if key in known})
-        except ValidationError as exc:
-            problems += describe_problems(exc, skip_placeholders=True)
-        raise _UnknownKeyError("; ".join(problems))
-
-
-class _UnknownKeyError(ValueError):
-    """Certain, whatever the placeholders beside it turn out to be."""
-
-
-def _accepted_names(model: type[BaseModel]) -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        yield name
-        alias = field.validation_alias
-        if isinstance(alias, AliasChoices):
-            yield from (choice for choice in alias.choices if isinstance(choice, str))
-        elif isinstance(alias, str):
-            yield alias
-
-
-def _unknown_key(key: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-    return f"unknown key {key!r}, {hint}"
+    raise ContractError(f"task_id {_PLAIN_NAME_RULE}, got {show_value(value)}")
 
 
 class _Open(BaseModel):
@@ -224,13 +98,13 @@ def _is_http_url(text: str) -> bool:
 
 def _nameable(path: str) -> str:
     if _NOT_IN_A_PATH.search(path):
-        raise ValueError(f"must be text that a file name can hold, got {_shown(path)}")
+        raise ValueError(f"must be text that a file name can hold, got {show_value(path)}")
     return path
 
 
 def _inside_task_folder(path: str) -> str:
     if path.startswith("/") or ".." in path.split("/"):
-        raise ValueError(f"must lie in the task's folder, got {_shown(path)}")
+        raise ValueError(f"must lie in the task's folder, got {show_value(path)}")
     return path
 
 
@@ -256,7 +130,7 @@ class Destination(_Open):
     @model_validator(mode="after")
     def _needs_url(self) -> Destination:
         if self.type == "http" and not _is_http_url(self.url or ""):
-            got = _shown(self.url)
+            got = show_value(self.url)
             raise ValueError(f'url must be an http(s) URL when type is "http", got {got}')
         return self
 
@@ -278,7 +152,7 @@ class Shard(_Open):
     @model_validator(mode="after")
     def _in_range(self) -> Shard:
         if self.index >= self.total:
-            index, total = _shown(self.index), _shown(self.total)
+            index, total = show_value(self.index), show_value(self.total)
             raise ValueError(f"index {index} must be below total {total}")
         return self
 
@@ -365,7 +239,7 @@ def _plain_name(value: Any) -> str:
     try:
         return check_task_id(value)
     except ContractError:
-        raise ValueError(f"{_PLAIN_NAME_RULE}, got {_shown(value)}") from None
+        raise ValueError(f"{_PLAIN_NAME_RULE}, got {show_value(value)}") from None
 
 
 TaskId = Annotated[str, BeforeValidator(_plain_name)]
@@ -409,14 +283,14 @@ def parse_message(body: bytes | str) -> Mapping[str, Any]:
     if not isinstance(message, dict):
         raise ContractError(f"message must be a JSON object, got {type(message).__name__}")
     if _too_deep(message):
-        raise ContractError(f"message nests deeper than {_MAX_DEPTH} levels")
+        raise ContractError(f"message nests deeper than {MAX_DEPTH} levels")
     return message
 
 
 def _too_deep(value: Any) -> bool:
     """Look level by level, so that the check itself needs no recursion."""
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for item in level
@@ -492,7 +366,7 @@ def _parse_children(
 def _parse_child(leader: Task, child: _Child) -> Task:
     if not isinstance(child.spec, Mapping):
         raise ContractError(
-            f"spec must be an object, got {_shown(child.spec)}", where=f"task {child.task_id}"
+            f"spec must be an object, got {show_value(child.spec)}", where=f"task {child.task_id}"
         )
     shared = {key: leader.spec[key] for key in _SHARED_BY_GROUP if key in leader.spec}
     spec = {**shared, **child.spec}
@@ -515,95 +389,7 @@ def parse_task(document: Mapping[str, Any], *, task_id: str) -> Task:
     if spec is None:
         spec = {}
     if not isinstance(spec, Mapping):
-        raise ContractError(f"spec must be an object, got {_shown(spec)}", where=where)
+        raise ContractError(f"spec must be an object, got {show_value(spec)}", where=where)
     common = validate_model(CommonSpec, spec, where=where, prefix="spec")
     rest = {key: value for key, value in document.items() if key not in ("spec", "task_id")}
     return Task(task_id=task_id, spec=spec, common=common, document=rest)
-
-
-def validate_model(model: type[ModelT], value: Any, *, where: str, prefix: str = "") -> ModelT:
-    """Validate with pydantic, speaking the project's language about what is wrong.
-
-    Raises:
-        ContractError: One problem per fault, fields named from ``prefix`` on.
-    """
-    try:
-        return model.model_validate(value)
-    except ValidationError as exc:
-        raise ContractError(describe_problems(exc, prefix=prefix), where=where) from None
-    except RecursionError:
-        raise ContractError(f"nests deeper than {_MAX_DEPTH} levels", where=where) from None
-
-
-_EXPECTATIONS: Mapping[str, str] = {
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "mapping_type": "an object",
-    "list_type": "a list",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing_size": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "invalid_key": "named by a string",
-    "string_unicode": "an object whose keys are valid text",
-}
-
-
-def describe_problems(
-    error: ValidationError, *, prefix: str = "", skip_placeholders: bool = False
-) -> list[str]:
-    """Turn pydantic's findings into sentences of the form *field must be X, got Y*.
-
-    Args:
-        error: What pydantic found.
-        prefix: Path of the validated value, such as ``spec``.
-        skip_placeholders: Leave out fields whose value is still to be filled in (``${...}``).
-    """
-    return [
-        _describe(dict(item), prefix)
-        for item in error.errors(include_url=False)
-        if not (skip_placeholders and _waits_for_placeholder(item))
-    ]
-
-
-def _waits_for_placeholder(item: Mapping[str, Any]) -> bool:
-    certain = item["type"] == "missing" or isinstance(
-        item.get("ctx", {}).get("error"), _UnknownKeyError
-    )
-    return not certain and _has_placeholder(item["input"])
-
-
-def _has_placeholder(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_placeholder, value.values()))
-    if isinstance(value, list):
-        return any(map(_has_placeholder, value))
-    return isinstance(value, str) and "${" in value
-
-
-def _describe(item: Mapping[str, Any], prefix: str) -> str:
-    path = prefix
-    for part in item["loc"]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not part.startswith(("function-", "constrained-")):
-            path += f".{part}" if path else part
-    field = path or "document"
-    kind = item["type"]
-    if kind == "missing":
-        return f"{field} is required"
-    if kind == "value_error":
-        text = str(item["ctx"]["error"])
-        if not path:
-            return text
-        return f"{path} {text}" if text.startswith("must ") else f"{path}: {text}"
-    if kind in _EXPECTATIONS:
-        return f"{field} must be {_EXPECTATIONS[kind]}, got {_shown(item['input'])}"
-    message = item["msg"].replace("Input should be", "must be", 1)
-    return f"{field} {message}, got {_shown(item['input'])}"

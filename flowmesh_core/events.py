@@ -7,8 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from flowmesh_core.contract import Task, decode_json, encode_json, utc_now, validate_model
+from flowmesh_core.contract import Task
 from flowmesh_core.errors import ContractError, FlowmeshError
+from flowmesh_core.validation import validate_model
+from flowmesh_core.wire import decode_json, encode_json, utc_now
 
 __all__ = [
     "HEARTBEAT",

@@ -188,7 +188,7 @@ class _Gathering:
         return self._block("model", Model)
 
     def _block(self, name: str, model: type[ModelT]) -> ModelT:
-        from flowmesh_core.contract import validate_model  # noqa: PLC0415 - see the import block
+        from flowmesh_core.validation import validate_model  # noqa: PLC0415 - see the import block
 
         block = self.task.spec.get(name)
         return validate_model(

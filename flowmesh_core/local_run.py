@@ -13,11 +13,12 @@ import attrs
 
 from flowmesh_core.artifacts.layout import RESULT_NAME
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import decode_json, encode_json, parse_task, utc_now
+from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.events import TASK_FAILED, TASK_SUCCEEDED, TaskEvent, WorkerEvent
 from flowmesh_core.plugins import Plugins
 from flowmesh_core.transports.local import LocalTransport
+from flowmesh_core.wire import decode_json, encode_json, utc_now
 from flowmesh_core.worker import Worker
 from flowmesh_core.workflow import (
     PlannedTask,

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import utc_now
 from flowmesh_core.events import (
     HEARTBEAT,
     REGISTER,
@@ -25,6 +24,7 @@ from flowmesh_core.telemetry.heartbeat import Heartbeat, build_farewell, build_m
 from flowmesh_core.telemetry.power import PowerSampler
 from flowmesh_core.telemetry.probes import GpuReader, probe_hardware
 from flowmesh_core.transports.base import Transport
+from flowmesh_core.wire import utc_now
 
 __all__ = ["Presence"]
 

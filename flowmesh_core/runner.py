@@ -16,7 +16,7 @@ import attrs
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
 from flowmesh_core.config import Settings, load_plugin_settings, read_environment
-from flowmesh_core.contract import Task, encode_json, parse_task, utc_now, validate_model
+from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
     CancelledError,
     DeadlineError,
@@ -30,6 +30,8 @@ from flowmesh_core.masking import SecretMask
 from flowmesh_core.places.base import Place
 from flowmesh_core.plugins import ExecutorRegistry, Plugins, import_target, load_driver
 from flowmesh_core.templates import render_env
+from flowmesh_core.validation import validate_model
+from flowmesh_core.wire import encode_json, utc_now
 
 __all__ = ["Runner"]
 

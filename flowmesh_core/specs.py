@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowmesh_core.contract import StrictBlock
+from flowmesh_core.validation import StrictBlock
 
 __all__ = [
     "Adapter",

@@ -26,7 +26,6 @@ from flowmesh_core.contract import (
     find_task_id,
     parse_envelope,
     parse_message,
-    utc_now,
 )
 from flowmesh_core.errors import (
     ArtifactError,
@@ -46,6 +45,7 @@ from flowmesh_core.runner import Runner
 from flowmesh_core.stores.base import Store
 from flowmesh_core.telemetry.probes import GpuReader
 from flowmesh_core.transports.base import Delivery, Transport
+from flowmesh_core.wire import utc_now
 
 __all__ = ["Worker"]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME, Attempt, confine
-from flowmesh_core.contract import encode_json
 from flowmesh_core.errors import ArtifactError
 from flowmesh_core.specs import JsonlExport
+from flowmesh_core.wire import encode_json
 
 __all__ = ["write_jsonl_export"]
 

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME
-from flowmesh_core.contract import utc_now
 from flowmesh_core.errors import ManifestError
+from flowmesh_core.wire import utc_now
 
 __all__ = ["build_manifest"]
 

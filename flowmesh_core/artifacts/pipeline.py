@@ -12,10 +12,12 @@ from typing import Any, Protocol
 from flowmesh_core.artifacts.jsonl_export import write_jsonl_export
 from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME, Attempt, confine
 from flowmesh_core.artifacts.manifest import build_manifest
-from flowmesh_core.contract import Destination, Task, encode_json, validate_model
+from flowmesh_core.contract import Destination, Task
 from flowmesh_core.errors import ArtifactError
 from flowmesh_core.executor import Artifact, Outcome
 from flowmesh_core.specs import Postprocess
+from flowmesh_core.validation import validate_model
+from flowmesh_core.wire import encode_json
 
 __all__ = ["ArtifactPipeline"]
 

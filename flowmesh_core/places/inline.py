@@ -15,10 +15,10 @@ from typing import Any
 
 import attrs
 
-from flowmesh_core.contract import encode_json
 from flowmesh_core.errors import ExecutionError
 from flowmesh_core.executor import Capability, Executor, ExecutorInfo, Outcome, RunContext
 from flowmesh_core.places.base import Place
+from flowmesh_core.wire import encode_json
 
 __all__ = ["InlinePlace", "engine_key"]
 

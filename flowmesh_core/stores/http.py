@@ -18,9 +18,10 @@ from urllib.parse import quote, urlsplit
 
 from flowmesh_core.artifacts.network import NetworkPolicy, build_async_client
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import Destination, encode_json
+from flowmesh_core.contract import Destination
 from flowmesh_core.errors import ArtifactError, UploadError
 from flowmesh_core.stores.base import Store
+from flowmesh_core.wire import encode_json
 
 if TYPE_CHECKING:  # loaded when the first task is to be delivered
     import httpx

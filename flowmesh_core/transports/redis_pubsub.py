@@ -24,13 +24,7 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.retry import Retry
 
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import (
-    TASK_EVENTS_CHANNEL,
-    TASK_PROGRESS_CHANNEL,
-    WORKER_EVENTS_CHANNEL,
-    encode_json,
-    utc_now,
-)
+from flowmesh_core.contract import TASK_EVENTS_CHANNEL, TASK_PROGRESS_CHANNEL, WORKER_EVENTS_CHANNEL
 from flowmesh_core.errors import TransportError
 from flowmesh_core.events import (
     HEARTBEAT,
@@ -45,6 +39,7 @@ from flowmesh_core.events import (
     WorkerEvent,
 )
 from flowmesh_core.transports.base import Delivery, Transport
+from flowmesh_core.wire import encode_json, utc_now
 
 __all__ = ["RedisPubSubTransport"]
 

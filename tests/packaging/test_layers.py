@@ -22,7 +22,7 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 # Each line may import from the lines above it, and one way within itself.
 LAYERS = (
     "errors",
-    "contract events config masking",
+    "wire validation contract events config masking",
     "specs workflow templates rows data checkpoints models inputs executor hookspecs"
     " merge ledger echo",
     "plugins artifacts stores transports places telemetry",

@@ -21,19 +21,15 @@ from pydantic import ValidationError
 from flowmesh_core.contract import (
     CommonSpec,
     Envelope,
-    StrictBlock,
     Task,
     check_task_id,
-    decode_json,
-    describe_problems,
-    encode_json,
     parse_envelope,
     parse_message,
     parse_task,
-    utc_now,
-    validate_model,
 )
 from flowmesh_core.errors import ContractError
+from flowmesh_core.validation import StrictBlock, describe_problems, validate_model
+from flowmesh_core.wire import decode_json, encode_json, utc_now
 
 HERE = Path(__file__).parent
 DOCUMENTS = {

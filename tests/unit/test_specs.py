@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from flowmesh_core.contract import validate_model
 from flowmesh_core.errors import ContractError
 from flowmesh_core.specs import (
     EmbeddingResult,
@@ -25,6 +24,7 @@ from flowmesh_core.specs import (
     TaskSpec,
     refuse_fields,
 )
+from flowmesh_core.validation import validate_model
 
 SPECS = {
     path.stem: spec
