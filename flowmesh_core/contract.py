@@ -35,7 +35,6 @@ __all__ = [
     "Output",
     "Shard",
     "Task",
-    "UpstreamResults",
     "check_task_id",
     "find_task_id",
     "parse_envelope",
@@ -44,12 +43,10 @@ __all__ = [
 ]
 
 CONTRACT_VERSION = "mloc/v1"
-TASK_CHANNEL = "tasks"
 TASK_EVENTS_CHANNEL = "tasks.events"
 WORKER_EVENTS_CHANNEL = "workers.events"
 TASK_PROGRESS_CHANNEL = "tasks.progress:{task_id}"
 
-UpstreamResults = Mapping[str, Mapping[str, Any]]
 ParsedT = TypeVar("ParsedT")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}\Z")

@@ -60,7 +60,6 @@ class _Report:
     envelope: Envelope
     started_at: str
     started: float
-    runtime_s: float = 0.0
 
     def payload(self) -> dict[str, Any]:
         return task_payload(
@@ -310,7 +309,7 @@ class Worker:
             result = await self._write_failure(task, exc)
         try:
             await self._artifacts.deliver(task, result)
-        except UploadError as exc:
+        except FlowmeshError as exc:  # a destination that nobody knows is no UploadError
             _log.warning("task %s, merged, could not be delivered: %s", task.task_id, exc)
         return result
 

@@ -132,3 +132,18 @@ def test_a_task_that_failed_leaves_no_result_and_keeps_its_attempt(tmp_path: Pat
     feed([dispatch("bad", message="${env.NOT_ALLOWED}")], tmp_path)
     assert not (tmp_path / "bad").exists()
     assert (tmp_path / ".bad.attempt-1").is_dir()
+
+
+def test_a_member_with_an_unknown_destination_fails_alone(tmp_path: Path) -> None:
+    message = json.loads(dispatch("lead", message="lead"))
+    nowhere = {"output": {"destination": {"type": "nowhere"}}}
+    message["merged_children"] = [
+        {"task_id": "bad", "spec": {"taskType": "echo", **nowhere}},
+        {"task_id": "good", "spec": {"taskType": "echo", "message": "good"}},
+    ]
+    events = feed([json.dumps(message).encode()], tmp_path)
+    assert [event.type for event in ended(events, "lead")] == ["TASK_SUCCEEDED"]
+    written = json.loads((tmp_path / "lead" / "responses.json").read_text())
+    assert written["children"]["bad"]["ok"] is False
+    assert "nowhere" in written["children"]["bad"]["error"]["message"]
+    assert written["children"]["good"]["echo"]["message"] == "good"
