@@ -30,6 +30,7 @@ from flowmesh_core.wire import MAX_DEPTH, decode_json
 __all__ = [
     "CONTRACT_VERSION",
     "CommonSpec",
+    "Control",
     "Destination",
     "Envelope",
     "Output",
@@ -37,6 +38,7 @@ __all__ = [
     "Task",
     "check_task_id",
     "find_task_id",
+    "parse_control",
     "parse_envelope",
     "parse_message",
     "parse_task",
@@ -46,6 +48,10 @@ CONTRACT_VERSION = "mloc/v1"
 TASK_EVENTS_CHANNEL = "tasks.events"
 WORKER_EVENTS_CHANNEL = "workers.events"
 TASK_PROGRESS_CHANNEL = "tasks.progress:{task_id}"
+TASK_LOGS_CHANNEL = "tasks.logs:{task_id}"
+WORKER_CONTROL_CHANNEL = "workers.control:{worker_id}"
+CANCEL = "CANCEL"
+DRAIN = "DRAIN"
 
 ParsedT = TypeVar("ParsedT")
 
@@ -390,3 +396,43 @@ def parse_task(document: Mapping[str, Any], *, task_id: str) -> Task:
     common = validate_model(CommonSpec, spec, where=where, prefix="spec")
     rest = {key: value for key, value in document.items() if key not in ("spec", "task_id")}
     return Task(task_id=task_id, spec=spec, common=common, document=rest)
+
+
+@attrs.frozen(kw_only=True)
+class Control:
+    """An order to one worker.
+
+    Attributes:
+        type: ``CANCEL`` for one task, ``DRAIN`` for the worker.
+        task_id: The task to cancel; empty for ``DRAIN``.
+        reason: For people; may be empty.
+    """
+
+    type: str
+    task_id: str = ""
+    reason: str = ""
+
+
+class _Control(_Open):
+    type: Any = None
+    task_id: TaskId | None = Field(default=None, validation_alias=AliasChoices("task_id", "taskId"))
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _known(self) -> _Control:
+        if self.type not in (CANCEL, DRAIN):
+            raise ValueError(f"type must be {CANCEL} or {DRAIN}, got {show_value(self.type)}")
+        if self.type == CANCEL and self.task_id is None:
+            raise ValueError(f"task_id is required when type is {CANCEL}")
+        return self
+
+
+def parse_control(body: bytes | str) -> Control:
+    """Read a message of the worker's control channel.
+
+    Raises:
+        ContractError: It is no JSON object, or no order that a worker knows.
+    """
+    fields = validate_model(_Control, parse_message(body), where="control message")
+    task_id = fields.task_id if fields.type == CANCEL else None
+    return Control(type=fields.type, task_id=task_id or "", reason=fields.reason)

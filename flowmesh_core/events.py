@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from flowmesh_core.contract import Task
@@ -14,16 +15,20 @@ from flowmesh_core.wire import decode_json, encode_json, utc_now
 
 __all__ = [
     "HEARTBEAT",
+    "LOG_CHUNK_BYTES",
     "REGISTER",
     "STATUS",
     "TASK_FAILED",
+    "TASK_LOG",
     "TASK_PROGRESS",
     "TASK_STARTED",
     "TASK_SUCCEEDED",
     "UNREGISTER",
+    "LogChunk",
     "TaskEvent",
     "WorkerEvent",
     "parse_event",
+    "whole_characters",
 ]
 
 REGISTER = "REGISTER"
@@ -34,6 +39,10 @@ TASK_STARTED = "TASK_STARTED"
 TASK_SUCCEEDED = "TASK_SUCCEEDED"
 TASK_FAILED = "TASK_FAILED"
 TASK_PROGRESS = "TASK_PROGRESS"
+TASK_LOG = "TASK_LOG"
+
+# The most of a log that one message carries.
+LOG_CHUNK_BYTES = 64 * 1024
 
 
 class _Event(BaseModel):
@@ -83,6 +92,53 @@ class WorkerEvent(_Event):
 
     tags: list[str] | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class LogChunk:
+    """A piece of one file of a task's ``logs/``.
+
+    Attributes:
+        stream: Name of the file without ``.log``: ``stdout``, ``stderr``, ``task``.
+        offset: Where it stands in the file, in bytes.
+        data: The bytes of the file; of text they are whole characters.
+    """
+
+    type: ClassVar[str] = TASK_LOG
+
+    task_id: str
+    worker_id: str
+    stream: str
+    offset: int
+    data: bytes
+    ts: str = attrs.field(factory=utc_now)
+
+    def to_json(self) -> bytes:
+        """Return one JSON object; bytes that are not UTF-8 become U+FFFD in its text."""
+        return encode_json(
+            {
+                "type": self.type,
+                "task_id": self.task_id,
+                "worker_id": self.worker_id,
+                "ts": self.ts,
+                "stream": self.stream,
+                "offset": self.offset,
+                "size": len(self.data),
+                "data": self.data.decode(errors="replace"),
+            }
+        )
+
+
+def whole_characters(data: bytes) -> int:
+    """Return how many bytes remain when the first bytes of a cut UTF-8 character are left out."""
+    for missing in (1, 2, 3):
+        lead = data[-missing] if missing <= len(data) else 0
+        if lead >= 0xC0:
+            length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            return len(data) - missing if missing < length and lead < 0xF8 else len(data)
+        if lead < 0x80:
+            break
+    return len(data)
 
 
 def task_payload(

@@ -29,12 +29,52 @@ class SecretMask:
         ordered = sorted(secrets.items(), key=lambda item: -len(item[1]))
         self._names = {value: f"${{env.{name}}}" for name, value in ordered if value}
         self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
+        if self._names:
+            # As the environment holds them: bytes that are no text stay what they were.
+            self._bytes = {
+                value.encode(errors="surrogateescape"): name.encode()
+                for value, name in self._names.items()
+            }
+            self._in_bytes = re.compile(b"|".join(map(re.escape, self._bytes)))
 
     def text(self, text: str) -> str:
         """Return the text without secrets."""
         if self._pattern is None:
             return text
         return self._pattern.sub(lambda match: self._names[match[0]], text)
+
+    def data(self, data: bytes) -> bytes:
+        """Return raw bytes without secrets."""
+        if self._pattern is None:
+            return data
+        return self._in_bytes.sub(lambda match: self._bytes[match[0]], data)
+
+    def split(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return a piece of a longer text without secrets, and the end that cannot be told yet.
+
+        Whoever puts that end in front of the next piece gets the same text, however it was cut.
+        It is where a secret may have begun, so shorter than the longest, and mostly empty.
+        """
+        if self._pattern is None:
+            return data, b""
+        parts: list[bytes] = []
+        done, held = 0, self._undecided(data, 0)
+        match = self._in_bytes.search(data)
+        while match is not None and match.start() < held:
+            parts += (data[done : match.start()], self._bytes[match[0]])
+            done = match.end()
+            held = self._undecided(data, done) if done > held else held
+            match = self._in_bytes.search(data, done)
+        return b"".join((*parts, data[done:held])), data[held:]
+
+    def _undecided(self, data: bytes, start: int) -> int:
+        """Return where a secret may begin that ends after the data, else the data's length."""
+        longest = max(map(len, self._bytes))
+        for position in range(max(start, len(data) - longest + 1), len(data)):
+            end = data[position:]
+            if any(len(secret) > len(end) and secret.startswith(end) for secret in self._bytes):
+                return position
+        return len(data)
 
     def value(self, value: Any) -> Any:
         """Return JSON data without secrets; the same object when there are none to look for."""

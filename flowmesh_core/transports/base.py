@@ -8,16 +8,22 @@ from collections.abc import AsyncIterator
 import attrs
 
 from flowmesh_core.config import Settings
-from flowmesh_core.events import TaskEvent, WorkerEvent
+from flowmesh_core.events import LogChunk, TaskEvent, WorkerEvent
 
 __all__ = ["Delivery", "Transport"]
 
 
 @attrs.frozen
 class Delivery:
-    """One message as it came, not looked into."""
+    """One message as it came, not looked into.
+
+    Attributes:
+        body: A task message, or a control message.
+        control: Whether it came on the worker's control channel: see ``contract.parse_control``.
+    """
 
     body: bytes
+    control: bool = attrs.field(default=False, kw_only=True)
 
 
 class Transport(abc.ABC):
@@ -25,6 +31,10 @@ class Transport(abc.ABC):
 
     Events leave in the order in which they were sent and survive an outage of the queue as long
     as the process lives; after a doubtful failure one may arrive twice, never not at all.
+
+    Logs and ``TASK_PROGRESS`` may be lost: when more than 8 MiB of them wait, the oldest are
+    dropped and counted. They hold up no event, but for the last of their own task: whoever reads
+    until then has all that was sent before it and not dropped.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,8 +62,12 @@ class Transport(abc.ABC):
         """Take an event over; never blocks, never raises for an outage, safe from any thread."""
 
     @abc.abstractmethod
+    def send_log(self, chunk: LogChunk) -> None:
+        """Take a piece of a log over; never blocks, never raises, safe from any thread."""
+
+    @abc.abstractmethod
     async def flush(self, timeout_s: float) -> bool:
-        """Wait until all events have left; return whether they have."""
+        """Wait until all events, logs and progress have left; return whether they have."""
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from flowmesh_core.config import Settings
-from flowmesh_core.events import TaskEvent, WorkerEvent
+from flowmesh_core.events import LogChunk, TaskEvent, WorkerEvent
 from flowmesh_core.transports.base import Delivery, Transport
+from flowmesh_core.transports.lossy import MAX_WAITING_BYTES
 
 __all__ = ["LocalTransport"]
 
-Listener = Callable[[TaskEvent | WorkerEvent], None]
+_log = logging.getLogger(__name__)
+
+Said = TaskEvent | WorkerEvent | LogChunk
+Listener = Callable[[Said], None]
 
 
 class LocalTransport(Transport):
@@ -22,13 +30,20 @@ class LocalTransport(Transport):
         self._queue: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+        self._waiting_bytes = 0
+        self._dropped = 0
 
     def submit(self, body: bytes) -> None:
         """Hand a message to the worker."""
         self._queue.put_nowait(Delivery(body))
 
+    def submit_control(self, body: bytes) -> None:
+        """Hand a control message to the worker."""
+        self._queue.put_nowait(Delivery(body, control=True))
+
     def listen(self, listener: Listener) -> None:
-        """Call a function on the event loop for each event from now on."""
+        """Call a function on the event loop for each event and piece of a log from now on."""
         self._listeners.append(listener)
 
     async def open(self) -> None:
@@ -49,12 +64,31 @@ class LocalTransport(Transport):
 
     def send(self, event: TaskEvent | WorkerEvent) -> None:
         """Call the listeners, in order, on the loop."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._dispatch, event)
+        self._call_soon(self._dispatch, event)
 
-    def _dispatch(self, event: TaskEvent | WorkerEvent) -> None:
+    def send_log(self, chunk: LogChunk) -> None:
+        """Call the listeners; a loop that is busy for long misses what does not fit."""
+        size = len(chunk.data)
+        with self._lock:
+            if self._waiting_bytes + size > MAX_WAITING_BYTES:
+                self._dropped += 1
+                return
+            self._waiting_bytes += size
+        self._call_soon(self._dispatch_log, chunk)
+
+    def _call_soon(self, call: Callable[[Any], None], what: Said) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(call, what)
+
+    def _dispatch_log(self, chunk: LogChunk) -> None:
+        with self._lock:
+            self._waiting_bytes -= len(chunk.data)
+        self._dispatch(chunk)
+
+    def _dispatch(self, what: Said) -> None:
         for listener in self._listeners:
-            listener(event)
+            listener(what)
 
     async def flush(self, timeout_s: float) -> bool:
         """Let the loop run what was sent."""
@@ -63,4 +97,7 @@ class LocalTransport(Transport):
 
     async def close(self) -> None:
         """Forget the listeners."""
+        if self._dropped:
+            _log.warning("%d pieces of logs were dropped", self._dropped)
+            self._dropped = 0
         self._listeners.clear()

@@ -15,8 +15,8 @@ import queue
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import redis
 from redis.backoff import NoBackoff
@@ -24,7 +24,11 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.retry import Retry
 
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import TASK_EVENTS_CHANNEL, TASK_PROGRESS_CHANNEL, WORKER_EVENTS_CHANNEL
+from flowmesh_core.contract import (
+    TASK_EVENTS_CHANNEL,
+    WORKER_CONTROL_CHANNEL,
+    WORKER_EVENTS_CHANNEL,
+)
 from flowmesh_core.errors import TransportError
 from flowmesh_core.events import (
     HEARTBEAT,
@@ -35,10 +39,12 @@ from flowmesh_core.events import (
     TASK_STARTED,
     TASK_SUCCEEDED,
     UNREGISTER,
+    LogChunk,
     TaskEvent,
     WorkerEvent,
 )
 from flowmesh_core.transports.base import Delivery, Transport
+from flowmesh_core.transports.lossy import MAX_WAITING_BYTES, LossyQueue
 from flowmesh_core.wire import encode_json, utc_now
 
 __all__ = ["RedisPubSubTransport"]
@@ -49,6 +55,8 @@ _POLL_S = 0.5
 _CHECK_INTERVAL_S = 5.0
 _SOCKET_TIMEOUT_S = 10.0
 _BATCH = 256
+# How much of logs and progress may go before the next look at the events.
+_LOSSY_BATCH_BYTES = 256 * 1024
 _LINGER_S = 0.002
 _UNHEARD_KEPT = 10_000
 _LONGEST_PAUSE_S = 5.0
@@ -101,10 +109,7 @@ class _Registration:
     def apply(self, pipe: Any, event: Event) -> None:
         """Queue the commands of one event; ``finish`` must follow in the same transaction."""
         if isinstance(event, TaskEvent):
-            channel = TASK_EVENTS_CHANNEL
-            if event.type == TASK_PROGRESS:
-                channel = TASK_PROGRESS_CHANNEL.format(task_id=event.task_id)
-            pipe.publish(channel, event.to_json())
+            pipe.publish(TASK_EVENTS_CHANNEL, event.to_json())
             return
         if event.type == REGISTER:
             self._register, self._status = event, None
@@ -210,15 +215,24 @@ def _is_writable(event: Event) -> bool:
     return True
 
 
+def _is_outcome(event: Event) -> TypeGuard[TaskEvent]:
+    return isinstance(event, TaskEvent) and event.type in (TASK_SUCCEEDED, TASK_FAILED)
+
+
 class _Publisher:
-    """The thread that owns all writing: events in order, each repeated until Redis took it."""
+    """The thread that owns all writing: events in order, each repeated until Redis took it.
+
+    Logs and progress go in between, one batch at a time, and before the outcome of their task.
+    """
 
     def __init__(self, settings: Settings, closed: threading.Event) -> None:
+        self.lossy = LossyQueue(lambda: self.put(()))
         self._settings = settings
         self._closed = closed
         self._queue: queue.SimpleQueue[Sequence[_Item]] = queue.SimpleQueue()
         self._registration = _Registration(settings)
         self._unheard: collections.deque[TaskEvent] = collections.deque(maxlen=_UNHEARD_KEPT)
+        self._refused = False
         self._thread = threading.Thread(target=self._run, name="flowmesh-publisher", daemon=True)
 
     def start(self) -> None:
@@ -241,9 +255,11 @@ class _Publisher:
         check_due = repeat_due = time.monotonic()
         try:
             while not self._closed.is_set():
-                batch = self._take(_POLL_S)
+                batch = self._take(min(_POLL_S, self.lossy.wait_s()))
                 if batch:
                     self._insist(lambda batch=batch: self._write(client, batch))  # type: ignore[misc]
+                if not self.lossy.wait_s():
+                    self._attempt(lambda: self._publish_lossy(client, _LOSSY_BATCH_BYTES))
                 now = time.monotonic()
                 if now >= repeat_due:
                     self._attempt(lambda: self._repeat_unheard(client))
@@ -266,6 +282,10 @@ class _Publisher:
 
     def _write(self, client: redis.Redis, batch: Sequence[_Item]) -> None:
         events = [item for item in batch if not isinstance(item, threading.Event)]
+        ended = {event.task_id for event in events if _is_outcome(event)}
+        flushing = len(events) < len(batch)
+        if ended or flushing:
+            self._publish_lossy(client, MAX_WAITING_BYTES, None if flushing else ended)
         if events := [event for event in events if _is_writable(event)]:
             self._send(client, events)
         for item in batch:
@@ -276,13 +296,41 @@ class _Publisher:
         outcomes: list[tuple[int, TaskEvent]] = []
         with client.pipeline() as pipe:
             for event in events:
-                if isinstance(event, TaskEvent) and event.type in (TASK_SUCCEEDED, TASK_FAILED):
+                if _is_outcome(event):
                     outcomes.append((len(pipe), event))
                 self._registration.apply(pipe, event)
             self._registration.finish(pipe)
             answers = pipe.execute()
         # PUBLISH answers how many heard it; nobody did while the orchestrator reconnects.
         self._unheard.extend(event for position, event in outcomes if not answers[position])
+
+    def _publish_lossy(
+        self, client: redis.Redis, max_bytes: int, tasks: Collection[str] | None = None
+    ) -> None:
+        """Publish logs and progress, the oldest first.
+
+        Raises:
+            RedisError, OSError: The connection failed; they wait for another try.
+        """
+        messages = self.lossy.take(max_bytes, tasks)
+        if not messages:
+            return
+        try:
+            with client.pipeline(transaction=False) as pipe:
+                for message in messages:
+                    pipe.publish(message.channel, message.to_json())
+                answers = pipe.execute(raise_on_error=False)
+        except (RedisError, OSError):
+            self.lossy.put_back(messages)
+            raise
+        self._note_refused([answer for answer in answers if isinstance(answer, Exception)])
+
+    def _note_refused(self, errors: Sequence[Exception]) -> None:
+        # Never tried again: a channel that is forbidden must not hold up events.
+        if errors and not self._refused:
+            _log.warning("redis refuses logs or progress, they are dropped: %s", errors[0])
+        self._refused = self._refused or bool(errors)
+        self.lossy.drop(len(errors))
 
     def _repeat_unheard(self, client: redis.Redis) -> None:
         events = list(self._unheard)
@@ -309,10 +357,10 @@ class _Publisher:
 
 
 class _Subscriber:
-    """The thread that listens on the task channel and hands messages to the event loop."""
+    """The thread that listens on two channels, tasks and control, for the event loop."""
 
     def __init__(
-        self, settings: Settings, closed: threading.Event, deliver: Callable[[list[bytes]], None]
+        self, settings: Settings, closed: threading.Event, deliver: Callable[[list[Delivery]], None]
     ) -> None:
         self._settings = settings
         self._closed = closed
@@ -321,6 +369,7 @@ class _Subscriber:
         self._failure: TransportError | None = None
         # A message that does not contain this id cannot be for this worker: skipped unparsed.
         self._needle = encode_json(settings.worker_id).strip(b'"')
+        self._control = WORKER_CONTROL_CHANNEL.format(worker_id=settings.worker_id).encode()
         self._thread = threading.Thread(target=self._run, name="flowmesh-subscriber", daemon=True)
 
     def start(self) -> None:
@@ -362,20 +411,24 @@ class _Subscriber:
         self._subscribed.set()
 
     def _listen(self, pubsub: Any, backoff: _Backoff) -> None:
-        pubsub.subscribe(self._settings.task_topic)
+        pubsub.subscribe(self._settings.task_topic, self._control.decode())
         while not self._closed.is_set():
             message = pubsub.get_message(timeout=_POLL_S)
-            bodies: list[bytes] = []
+            deliveries: list[Delivery] = []
             # All that has arrived goes to the loop at once: waking it costs more than a message.
             while message is not None:
                 if message["type"] == "subscribe":
                     self._subscribed.set()
                     backoff.reset()
-                elif message["type"] == "message" and self._needle in message["data"]:
-                    bodies.append(message["data"])
-                message = pubsub.get_message(timeout=0) if len(bodies) < _BATCH else None
-            if bodies:
-                self._deliver(bodies)
+                elif message["type"] == "message" and self._concerns_us(message):
+                    control = message["channel"] == self._control
+                    deliveries.append(Delivery(message["data"], control=control))
+                message = pubsub.get_message(timeout=0) if len(deliveries) < _BATCH else None
+            if deliveries:
+                self._deliver(deliveries)
+
+    def _concerns_us(self, message: Mapping[str, Any]) -> bool:
+        return message["channel"] == self._control or self._needle in message["data"]
 
 
 class RedisPubSubTransport(Transport):
@@ -400,16 +453,16 @@ class RedisPubSubTransport(Transport):
         self._subscriber.start()
         await asyncio.to_thread(self._subscriber.wait_subscribed)
 
-    def _hand_over(self, bodies: list[bytes]) -> None:
+    def _hand_over(self, deliveries: list[Delivery]) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._enqueue, bodies)
+            self._loop.call_soon_threadsafe(self._enqueue, deliveries)
 
-    def _enqueue(self, bodies: list[bytes]) -> None:
-        for body in bodies:
-            self._queue.put_nowait(Delivery(body))
+    def _enqueue(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            self._queue.put_nowait(delivery)
 
     async def deliveries(self) -> AsyncIterator[Delivery]:
-        """Yield the messages that may be for this worker."""
+        """Yield task messages that may be for this worker, and all of its control channel."""
         while (delivery := await self._queue.get()) is not None:
             yield delivery
 
@@ -426,6 +479,9 @@ class RedisPubSubTransport(Transport):
         a moment for the end of a short task: each time the publisher wakes costs as much as
         several events.
         """
+        if isinstance(event, TaskEvent) and event.type == TASK_PROGRESS:
+            self._publisher.lossy.put_progress(event)
+            return
         if self._loop is None or threading.get_ident() != self._loop_thread:
             self._publisher.put((event,))
             return
@@ -438,6 +494,10 @@ class RedisPubSubTransport(Transport):
             self._waking = self._loop.call_soon(self._release)
         else:
             self._release()  # a registration must not be overtaken by another thread's heartbeat
+
+    def send_log(self, chunk: LogChunk) -> None:
+        """Queue a piece of a log, which may wait a moment for the next one to join it."""
+        self._publisher.lossy.put_log(chunk)
 
     def _cancel_waking(self) -> None:
         if self._waking is not None:
@@ -460,6 +520,8 @@ class RedisPubSubTransport(Transport):
         """Stop both threads."""
         if self._publisher.unheard:
             _log.warning("%d outcomes had no listener", self._publisher.unheard)
+        if lost := self._publisher.lossy.count_lost():
+            _log.warning("%d messages of logs and progress were not sent", lost)
         self._closed.set()
         await asyncio.to_thread(self._join)
 

@@ -23,13 +23,16 @@ from flowmesh_core.events import (
     REGISTER,
     STATUS,
     TASK_FAILED,
+    TASK_LOG,
     TASK_STARTED,
     TASK_SUCCEEDED,
     UNREGISTER,
+    LogChunk,
     TaskEvent,
     WorkerEvent,
     parse_event,
     task_payload,
+    whole_characters,
 )
 
 TS = "2026-11-21T01:30:48.745627+00:00"
@@ -206,6 +209,38 @@ def test_payload_of_a_run_names_type_and_dispatch_only_when_known() -> None:
         "started_at": TS,
         "dispatched_at": "earlier",
     }
+
+
+def test_a_piece_of_a_log_says_where_it_stands_in_bytes() -> None:
+    chunk = LogChunk(
+        task_id="a", worker_id="w1", ts=TS, stream="stderr", offset=7, data=b"h\xc3\xa9 \xff\x1b\n"
+    )
+    assert json.loads(chunk.to_json()) == {
+        "type": "TASK_LOG",
+        "task_id": "a",
+        "worker_id": "w1",
+        "ts": TS,
+        "stream": "stderr",
+        "offset": 7,
+        "size": 7,
+        "data": "hé \ufffd\x1b\n",
+    }
+    assert chunk.type == TASK_LOG
+    assert isinstance(parse_event(chunk.to_json()), TaskEvent)
+
+
+@given(st.text(max_size=20), st.integers(0, 3))
+def test_of_a_cut_text_only_the_cut_character_is_left_out(text: str, cut: int) -> None:
+    data = text.encode(errors="replace")
+    data = data[: len(data) - cut]
+    assert data[: whole_characters(data)] == data.decode(errors="ignore").encode()
+
+
+@given(st.binary(max_size=12))
+def test_of_bytes_that_are_no_text_at_most_three_are_left_out(data: bytes) -> None:
+    left_out = data[whole_characters(data) :]
+    assert len(left_out) <= 3
+    assert not left_out or left_out[0] >= 0xC0
 
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=8)

@@ -5,9 +5,14 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
+
 from flowmesh_core.config import Settings
-from flowmesh_core.events import TASK_STARTED, TaskEvent, WorkerEvent
+from flowmesh_core.events import TASK_STARTED, LogChunk, TaskEvent, WorkerEvent
+from flowmesh_core.transports.base import Delivery
 from flowmesh_core.transports.local import LocalTransport
+
+Heard = list[TaskEvent | WorkerEvent | LogChunk]
 
 
 def event(number: int) -> TaskEvent:
@@ -71,7 +76,7 @@ def test_every_listener_gets_every_event_in_order_and_on_the_loop() -> None:
     async def work() -> None:
         transport = LocalTransport(Settings())
         await transport.open()
-        heard: list[list[TaskEvent | WorkerEvent]] = [[], []]
+        heard: list[Heard] = [[], []]
         threads = set()
         for one in heard:
             transport.listen(one.append)
@@ -91,7 +96,7 @@ def test_nobody_hears_anything_after_the_close() -> None:
     async def work() -> None:
         transport = LocalTransport(Settings())
         await transport.open()
-        heard: list[TaskEvent | WorkerEvent] = []
+        heard: Heard = []
         transport.listen(heard.append)
         await transport.close()
         await transport.close()
@@ -100,3 +105,68 @@ def test_nobody_hears_anything_after_the_close() -> None:
         assert heard == []
 
     within_time(work())
+
+
+def chunk(offset: int, data: bytes = b"x") -> LogChunk:
+    return LogChunk(task_id="t1", worker_id="w1", stream="stdout", offset=offset, data=data)
+
+
+def test_listeners_get_logs_and_events_in_the_order_in_which_they_were_sent() -> None:
+    async def work() -> None:
+        transport = LocalTransport(Settings())
+        transport.send_log(chunk(0))
+        await transport.open()
+        heard: Heard = []
+        transport.listen(heard.append)
+        first, between, last = chunk(1), event(1), chunk(2)
+        transport.send_log(first)
+        transport.send(between)
+        transport.send_log(last)
+        assert await transport.flush(1.0)
+        assert heard == [first, between, last]
+
+    within_time(work())
+
+
+def test_a_loop_that_is_busy_gets_eight_mebibytes_of_logs_and_every_event(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def work() -> None:
+        transport = LocalTransport(Settings())
+        await transport.open()
+        heard: Heard = []
+        transport.listen(heard.append)
+        data = bytes(65536)
+        for number in range(1000):
+            transport.send_log(chunk(number, data))
+            transport.send(event(number))
+        await transport.flush(1.0)
+        logs = [said for said in heard if isinstance(said, LogChunk)]
+        assert len(logs) == 128
+        assert len(heard) == 1128
+        transport.send_log(chunk(1000, data))
+        await transport.flush(1.0)
+        assert [said.offset for said in heard if isinstance(said, LogChunk)][-1] == 1000
+        await transport.close()
+
+    within_time(work())
+    assert "872 pieces of logs were dropped" in caplog.text
+
+
+def test_a_late_thread_may_send_when_the_loop_is_closed() -> None:
+    transport = LocalTransport(Settings())
+    within_time(transport.open())
+    transport.send(event(1))
+    transport.send_log(chunk(0))
+
+
+def test_control_messages_come_among_the_others_and_are_told_apart() -> None:
+    async def work() -> list[Delivery]:
+        transport = LocalTransport(Settings())
+        await transport.open()
+        transport.submit(b"task")
+        transport.submit_control(b"order")
+        transport.stop_receiving()
+        return [delivery async for delivery in transport.deliveries()]
+
+    assert within_time(work()) == [Delivery(b"task"), Delivery(b"order", control=True)]

@@ -52,6 +52,38 @@ def test_without_secrets_the_very_same_data_comes_back() -> None:
     assert SecretMask({}).value(data) is data
 
 
+def test_bytes_are_masked_like_text_and_stay_bytes_otherwise() -> None:
+    mask = SecretMask({"KEY": "gehéim", "RAW": "a\udcffb"})
+    data = "x gehéim ".encode() + b"\xff a\xffb \x00"
+    assert mask.data(data) == b"x ${env.KEY} \xff ${env.RAW} \x00"
+    assert SecretMask({}).data(data) is data
+
+
+@given(
+    secrets=st.lists(st.text("xy", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
+    pieces=st.lists(st.text("xyz", max_size=6), max_size=8),
+)
+def test_data_in_pieces_is_masked_like_the_whole(secrets: list[str], pieces: list[str]) -> None:
+    mask = SecretMask({f"N{number}": value for number, value in enumerate(secrets)})
+    written, held = b"", b""
+    for piece in pieces:
+        masked, held = mask.split(held + piece.encode())
+        written += masked
+        assert len(held) < max(map(len, secrets))
+        assert any(value.startswith(held.decode()) for value in secrets)
+    assert written + mask.data(held) == mask.data("".join(pieces).encode())
+
+
+def test_only_an_end_that_may_become_a_secret_is_held_back() -> None:
+    mask = SecretMask({"SHORT": "abc", "LONG": "abc-def"})
+    assert mask.split(b"a line\n") == (b"a line\n", b"")
+    assert mask.split(b"abc abc") == (b"${env.SHORT} ", b"abc")
+    assert mask.split(b"abc-def") == (b"${env.LONG}", b"")
+    other = SecretMask({"A": "xy", "B": "qrstu"})
+    assert other.split(b"xy") == (b"${env.A}", b"")
+    assert SecretMask({}).split(b"abc") == (b"abc", b"")
+
+
 @given(data=JSON, secret=st.text("xyz", min_size=1, max_size=3))
 def test_no_text_holds_the_secret_afterwards(data: Any, secret: str) -> None:
     masked = SecretMask({"NAME": secret}).value(data)
