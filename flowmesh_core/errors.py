@@ -16,7 +16,8 @@ Codes are API and travel in events; message texts are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "ArchiveError",
@@ -58,6 +59,27 @@ class FlowmeshError(Exception):
         super().__init__(message)
         if retriable is not None:
             self.retriable = retriable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the error as data that ``from_dict`` reads in another process.
+
+        A class that is not of this tree is told as its nearest base, with its own code.
+        """
+        known = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
+        plain = (str, int, float, tuple, list, type(None))
+        fields = {key: value for key, value in vars(self).items() if isinstance(value, plain)}
+        fields |= {"code": self.code, "retriable": self.retriable}
+        return {"kind": known.__name__, "message": str(self), "fields": fields}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> FlowmeshError:
+        """Build an error from ``to_dict``; a kind of a later version becomes a plain one."""
+        known = {name: globals()[name] for name in __all__}
+        cls = known.get(data["kind"], FlowmeshError)
+        error: FlowmeshError = cls.__new__(cls)
+        error.args = (data["message"],)
+        vars(error).update(data["fields"])
+        return error
 
 
 class ConfigError(FlowmeshError):
@@ -162,7 +184,9 @@ class CancelledError(FlowmeshError):
 
 
 class CrashError(FlowmeshError):
-    """The process that ran the task ended on its own.
+    """The process that ran the task ended on its own, or ran out of memory.
+
+    Its code is ``crash``, and ``crash.out_of_memory`` when memory ran out.
 
     Args:
         message: What happened.
@@ -181,11 +205,14 @@ class CrashError(FlowmeshError):
         exit_code: int | None = None,
         signal: str | None = None,
         oom: bool = False,
+        retriable: bool | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, retriable=retriable)
         self.exit_code = exit_code
         self.signal = signal
         self.oom = oom
+        if oom:
+            self.code = "crash.out_of_memory"
 
 
 class ResourceError(FlowmeshError):

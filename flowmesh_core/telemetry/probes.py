@@ -16,7 +16,15 @@ from types import ModuleType
 import attrs
 import psutil
 
-__all__ = ["Gpu", "GpuReader", "probe_hardware"]
+__all__ = [
+    "Gpu",
+    "GpuMemory",
+    "GpuReader",
+    "control_groups",
+    "probe_hardware",
+    "read_number",
+    "read_text",
+]
 
 _ROOT = Path("/")
 # Reserved for documentation (RFC 5737, RFC 3849), on no local network: the default route answers.
@@ -68,6 +76,14 @@ class Gpu:
         return gpu
 
 
+@attrs.frozen(kw_only=True)
+class GpuMemory:
+    """Bytes of one GPU or MIG instance: all there are, and those that nobody holds now."""
+
+    total: int
+    free: int
+
+
 class GpuReader:
     """Reads NVIDIA GPUs through NVML, which is opened by the first reading and stays open.
 
@@ -113,6 +129,39 @@ class GpuReader:
         handle = self._read("nvmlDeviceGetHandleByIndex", index)
         milliwatts = self._read("nvmlDeviceGetPowerUsage", handle)
         return milliwatts / 1000 if isinstance(milliwatts, int) else None
+
+    def memory_bytes(self, device: str) -> GpuMemory | None:
+        """Return the memory of a device that ``CUDA_VISIBLE_DEVICES`` would name in full.
+
+        Args:
+            device: Number of the physical GPU, or UUID of a GPU or MIG instance.
+        """
+        if device.isdecimal():
+            handle = self._read("nvmlDeviceGetHandleByIndex", int(device))
+        else:
+            handle = self._read("nvmlDeviceGetHandleByUUID", device)
+        answer = self._read("nvmlDeviceGetMemoryInfo", handle)
+        total, free = (_integer(getattr(answer, name, None)) for name in ("total", "free"))
+        if total is None or free is None:
+            return None
+        return GpuMemory(total=total, free=free)
+
+    def process_memory(self) -> dict[tuple[int, int], int]:
+        """Return the bytes that each process holds on each physical GPU, by index and process id.
+
+        Nothing is there for a process that the driver does not show, as in a container that
+        has process ids of its own.
+        """
+        used: dict[tuple[int, int], int] = {}
+        for index in range(_integer(self._read("nvmlDeviceGetCount")) or 0):
+            handle = self._read("nvmlDeviceGetHandleByIndex", index)
+            for kind in ("Compute", "Graphics"):
+                answer = self._read(f"nvmlDeviceGet{kind}RunningProcesses", handle)
+                for process in answer if isinstance(answer, list) else ():
+                    key = (index, process.pid)
+                    # Who computes and draws is in both lists with the same figure.
+                    used[key] = max(used.get(key, 0), process.usedGpuMemory or 0)
+        return used
 
     def _visible(self, gpus: list[Gpu | None], text: str) -> list[Gpu]:
         """Select as CUDA does: the first unknown entry ends the list, a repeated one empties it.
@@ -199,7 +248,7 @@ def _cuda_version(number: int) -> str:
 def usable_cores(root: Path = _ROOT) -> int:
     """Return the cores that affinity and control groups leave to this process, at least one."""
     quotas = [
-        quota for group in _control_groups(root, "cpu") if (quota := _cpu_quota(group)) is not None
+        quota for group in control_groups(root, "cpu") if (quota := _cpu_quota(group)) is not None
     ]
     return max(1, min([_affinity(), *map(int, quotas)]))
 
@@ -207,17 +256,17 @@ def usable_cores(root: Path = _ROOT) -> int:
 def usable_memory_bytes(root: Path = _ROOT) -> int | None:
     """Return the machine's memory or the tightest limit of a control group, whichever is less."""
     sizes = [_machine_memory_bytes()]
-    for group in _control_groups(root, "memory"):
+    for group in control_groups(root, "memory"):
         sizes += [
-            _read_number(group / "memory.max"),
-            _read_number(group / "memory.limit_in_bytes"),
+            read_number(group / "memory.max"),
+            read_number(group / "memory.limit_in_bytes"),
         ]
     return min((size for size in sizes if size is not None), default=None)
 
 
 def cpu_model(root: Path = _ROOT) -> str:
     """Return the processor's name as the kernel has it, else its architecture."""
-    named = re.search(r"^model name\s*:\s*(.+)$", _read_text(root / "proc/cpuinfo"), re.MULTILINE)
+    named = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
     return named[1].strip() if named else platform.machine()
 
 
@@ -234,7 +283,7 @@ def _machine_memory_bytes() -> int | None:
         return None
 
 
-def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
     """Yield the folder of every group that holds this process, in both hierarchies.
 
     A container may see its group's outer path but only its own subtree: folders that are not
@@ -242,7 +291,7 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
     Source: cgroups(7), ``/proc/pid/cgroup``.
     """
     mounts = root / "sys/fs/cgroup"
-    for line in _read_text(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -253,21 +302,22 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 def _cpu_quota(group: Path) -> float | None:
     """Return the cores that one group may use: ``cpu.max`` in version 2, two files in version 1."""
-    quota, _, period = _read_text(group / "cpu.max").strip().partition(" ")
+    quota, _, period = read_text(group / "cpu.max").strip().partition(" ")
     if not quota:
-        quota = _read_text(group / "cpu.cfs_quota_us").strip()  # -1 where there is none
-        period = _read_text(group / "cpu.cfs_period_us").strip()
+        quota = read_text(group / "cpu.cfs_quota_us").strip()  # -1 where there is none
+        period = read_text(group / "cpu.cfs_period_us").strip()
     if not (quota.isdecimal() and period.isdecimal() and int(period)):
         return None
     return int(quota) / int(period)
 
 
-def _read_number(path: Path) -> int | None:
-    text = _read_text(path).strip()
+def read_number(path: Path) -> int | None:
+    """Return the number that is all of the file's text, None for anything else."""
+    text = read_text(path).strip()
     return int(text) if text.isdecimal() else None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return the file's text, empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")

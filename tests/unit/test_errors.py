@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from flowmesh_core import errors
 from flowmesh_core.errors import (
     ContractError,
     CrashError,
+    ExecutionError,
     ExecutorUnavailableError,
     FlowmeshError,
     TransportError,
+    UploadError,
 )
 
 # Codes are API: a line here changes only together with the wire format.
@@ -105,3 +108,51 @@ def test_error_crosses_a_process_boundary_whole(error: FlowmeshError) -> None:
     assert type(copied) is type(error)
     assert str(copied) == str(error)
     assert vars(copied) == vars(error)
+
+
+# Across processes.
+
+EVERY_KIND = [
+    FlowmeshError("plain", retriable=True),
+    ContractError(["a must be b", "c is required"], where="task t"),
+    ExecutorUnavailableError("no", needs=["x"], install="pip install x"),
+    CrashError("gone", exit_code=3),
+    CrashError("full", signal="SIGKILL", oom=True, retriable=False),
+    UploadError("refused"),
+]
+
+
+@pytest.mark.parametrize("error", EVERY_KIND, ids=lambda error: type(error).__name__)
+def test_an_error_is_the_same_on_the_other_side(error: FlowmeshError) -> None:
+    there = FlowmeshError.from_dict(json.loads(json.dumps(error.to_dict())))
+    assert type(there) is type(error)
+    assert str(there) == str(error)
+    assert (there.code, there.retriable) == (error.code, error.retriable)
+    assert json.loads(json.dumps(vars(there))) == json.loads(
+        json.dumps({**vars(error), "code": error.code, "retriable": error.retriable})
+    )
+
+
+def test_a_class_that_only_one_side_knows_arrives_as_its_base_with_its_code() -> None:
+    class AcmeError(ExecutionError):
+        code = "acme.broken"
+        retriable = True
+
+    error = AcmeError("no voice")
+    error.response = object()
+    there = FlowmeshError.from_dict(json.loads(json.dumps(error.to_dict())))
+    assert type(there) is ExecutionError
+    assert (there.code, there.retriable, str(there)) == ("acme.broken", True, "no voice")
+
+
+@pytest.mark.parametrize("kind", ["Iterable", "Any", "system", ""])
+def test_a_kind_that_is_no_error_of_ours_becomes_a_plain_one(kind: str) -> None:
+    fields = {"code": "later", "retriable": False}
+    there = FlowmeshError.from_dict({"kind": kind, "message": "m", "fields": fields})
+    assert type(there) is FlowmeshError
+    assert there.code == "later"
+
+
+def test_memory_that_ran_out_has_a_code_of_its_own() -> None:
+    assert CrashError("x").code == "crash"
+    assert CrashError("x", oom=True).code == "crash.out_of_memory"

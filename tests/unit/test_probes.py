@@ -14,6 +14,7 @@ import pynvml
 import pytest
 
 from flowmesh_core.telemetry.probes import (
+    GpuMemory,
     GpuReader,
     cpu_model,
     probe_hardware,
@@ -27,6 +28,10 @@ MIG = "MIG-dddd4444"
 without_driver = pytest.mark.skipif(
     Path("/proc/driver/nvidia").exists(), reason="this machine has an NVIDIA driver"
 )
+
+
+def process(pid: int, size: int | None) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, usedGpuMemory=size)
 
 
 class FakeNvml(ModuleType):
@@ -46,7 +51,15 @@ class FakeNvml(ModuleType):
         self.nvmlDeviceGetName = self.answer("name", lambda handle: b"NVIDIA H200")
         self.nvmlDeviceGetUUID = self.answer("uuid", self.uuid)
         self.nvmlDeviceGetMemoryInfo = self.answer(
-            "memory", lambda handle: SimpleNamespace(total=8 * GIB if handle == MIG else 80 * GIB)
+            "memory",
+            lambda handle: SimpleNamespace(total=8 * GIB if handle == MIG else 80 * GIB, free=GIB),
+        )
+        self.nvmlDeviceGetComputeRunningProcesses = self.answer(
+            "processes",
+            lambda handle: [process(7, GIB), process(8 + handle, 2 * GIB)],
+        )
+        self.nvmlDeviceGetGraphicsRunningProcesses = self.answer(
+            "drawing", lambda handle: [process(8 + handle, 2 * GIB), process(99, None)]
         )
         self.nvmlDeviceGetPowerUsage = self.answer("power", lambda handle: 70_500 + handle)
 
@@ -150,6 +163,33 @@ def test_unreadable_parts_of_a_gpu_leave_the_rest() -> None:
 
 def test_power_is_in_watts() -> None:
     assert GpuReader(nvml=FakeNvml()).power_w(2) == 70.502
+
+
+def test_memory_is_that_of_the_device_that_is_asked() -> None:
+    reader = GpuReader(nvml=FakeNvml(lost=1))
+    assert reader.memory_bytes("0") == GpuMemory(total=80 * GIB, free=GIB)
+    assert reader.memory_bytes(MIG) == GpuMemory(total=8 * GIB, free=GIB)
+    assert reader.memory_bytes("1") is None
+    assert reader.memory_bytes("MIG-unknown") is None
+    assert GpuReader(nvml=FakeNvml(broken=("memory",))).memory_bytes("0") is None
+
+
+def test_each_process_has_its_memory_on_each_gpu_once() -> None:
+    assert GpuReader(nvml=FakeNvml(lost=1)).process_memory() == {
+        (0, 7): GIB,
+        (0, 8): 2 * GIB,
+        (0, 99): 0,
+        (2, 7): GIB,
+        (2, 10): 2 * GIB,
+        (2, 99): 0,
+    }
+
+
+def test_one_unreadable_list_of_processes_leaves_the_other() -> None:
+    reader = GpuReader(nvml=FakeNvml(broken=("drawing",)))
+    assert set(reader.process_memory()) == {(0, 7), (0, 8), (1, 7), (1, 9), (2, 7), (2, 10)}
+    assert GpuReader(nvml=FakeNvml(broken=("drawing", "processes"))).process_memory() == {}
+    assert GpuReader(nvml=FakeNvml(broken=("init",))).process_memory() == {}
 
 
 @pytest.mark.parametrize(
