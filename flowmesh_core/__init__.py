@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.errors import TransportError as TransportError
     from flowmesh_core.errors import UnknownTaskTypeError as UnknownTaskTypeError
     from flowmesh_core.errors import UploadError as UploadError
+    from flowmesh_core.events import LogChunk as LogChunk
     from flowmesh_core.events import TaskEvent as TaskEvent
     from flowmesh_core.events import WorkerEvent as WorkerEvent
     from flowmesh_core.executor import API_VERSION as API_VERSION
@@ -60,6 +61,8 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.specs import InferenceResult as InferenceResult
     from flowmesh_core.specs import InferenceSpec as InferenceSpec
     from flowmesh_core.specs import Model as Model
+    from flowmesh_core.specs import ServeParams as ServeParams
+    from flowmesh_core.specs import ServeResult as ServeResult
     from flowmesh_core.specs import ServeSpec as ServeSpec
     from flowmesh_core.specs import TaskSpec as TaskSpec
     from flowmesh_core.specs import Usage as Usage
@@ -80,15 +83,15 @@ _EXPORTS = {
     # Specs and results shared by engines.
     "specs": (
         *("Choice", "EmbeddingResult", "EmbeddingSpec", "InferenceItem", "InferenceParams"),
-        *("InferenceResult", "InferenceSpec", "Model", "ServeSpec", "TaskSpec", "Usage"),
-        "refuse_fields",
+        *("InferenceResult", "InferenceSpec", "Model", "ServeParams", "ServeResult"),
+        *("ServeSpec", "TaskSpec", "Usage", "refuse_fields"),
     ),
     # The task contract.
     "contract": (
         *("CONTRACT_VERSION", "Destination", "Envelope", "Task"),
         *("parse_envelope", "parse_message", "parse_task"),
     ),
-    "events": ("TaskEvent", "WorkerEvent"),
+    "events": ("LogChunk", "TaskEvent", "WorkerEvent"),
     "validation": ("StrictBlock",),
     # Errors.
     "errors": (

@@ -9,11 +9,12 @@ from pydantic import ValidationError
 
 from flowmesh_core.contract import CommonSpec
 from flowmesh_core.errors import FlowmeshError
+from flowmesh_core.places.environments import check_there
 from flowmesh_core.plugins import ExecutorRegistry, import_target
 from flowmesh_core.validation import describe_problems
 from flowmesh_core.workflow import PlannedTask, Workflow
 
-__all__ = ["check_workflow"]
+__all__ = ["check_spec", "check_workflow"]
 
 
 def check_workflow(workflow: Workflow, registry: ExecutorRegistry) -> list[str]:
@@ -43,10 +44,23 @@ def _check_task(task: PlannedTask, registry: ExecutorRegistry) -> list[str]:
         info = registry.resolve(
             common.task_type, settled, enforce_cpu=common.enforce_cpu, executor=common.executor
         )
-        model = import_target(info.spec) if info.spec else None
+        if info.spec and info.environment:
+            python = registry.pythons[info.environment]
+            return check_there(info.environment, python, info.spec, spec)
     except FlowmeshError as exc:
         return [str(exc)]
-    return _check_model(model, spec) if model else []
+    return check_spec(info.spec, spec) if info.spec else []
+
+
+def check_spec(target: str, spec: Mapping[str, Any]) -> list[str]:
+    """Return what the model ``package.module:Model`` finds wrong with a spec.
+
+    The Python of another environment calls it too, for the models that live there.
+    """
+    try:
+        return _check_model(import_target(target), spec)
+    except FlowmeshError as exc:
+        return [str(exc)]
 
 
 def _check_model(model: Any, spec: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,13 +22,34 @@ from flowmesh_core.errors import ConfigError
 if TYPE_CHECKING:  # pydantic would cost `flowmesh plugins list` its start time
     from pydantic import BaseModel
 
-__all__ = ["Settings", "load_plugin_settings", "load_settings", "read_environment"]
+__all__ = [
+    "Settings",
+    "child_environment",
+    "load_plugin_settings",
+    "load_settings",
+    "read_environment",
+]
 
 ModelT = TypeVar("ModelT", bound="BaseModel")
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 _WORKER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\Z")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|KEY")
+# What every child keeps.
+_CHILD_NAMES = frozenset(
+    [
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR"),
+        *("LD_LIBRARY_PATH", "LD_PRELOAD", "TOKENIZERS_PARALLELISM"),
+        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+        *("http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    ]
+)
+_CHILD_PREFIXES = (
+    *("LC_", "XDG_", "CUDA_", "NVIDIA_", "NCCL_", "HIP_", "OMP_", "MKL_", "KMP_", "GOMP_"),
+    *("OPENBLAS_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "TRITON_"),
+)
+_PYTHON_NAMES = frozenset(["PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"])
 
 
 class _UnreadableError(Exception):
@@ -209,6 +230,10 @@ class Settings:
     max_concurrent_tasks: int = _var("MAX_CONCURRENT_TASKS", _whole(1), 1)
     task_timeout_s: float | None = _var("TASK_TIMEOUT", _number(above=0))
     drain_timeout_s: float = _var("FLOWMESH_DRAIN_TIMEOUT_S", _number(least=0), 30.0)
+    cancel_grace_s: float = _var("FLOWMESH_CANCEL_GRACE_S", _number(least=0), 5.0)
+    warm_max: int = _var("FLOWMESH_WARM_MAX", _whole(0), 4)
+    warm_idle_s: float = _var("FLOWMESH_WARM_IDLE_S", _number(least=0), 600.0)
+    task_log_max_bytes: int = _var("FLOWMESH_TASK_LOG_MAX_BYTES", _whole(1024), 1 << 30)
     executor_preferences: Mapping[str, tuple[str, ...]] = _var(
         "FLOWMESH_PREFER", _preferences, factory=dict
     )
@@ -222,6 +247,7 @@ class Settings:
     only_plugins: tuple[str, ...] = _var("FLOWMESH_ONLY_PLUGINS", _names, ())
     disable_plugins: tuple[str, ...] = _var("FLOWMESH_DISABLE_PLUGINS", _names, ())
     strict_plugins: bool = _var("FLOWMESH_STRICT_PLUGINS", _flag, False)
+    envs_dir: Path | None = _var("FLOWMESH_ENVS", _folder)  # noqa: RUF009 - it makes a field
     # Archives of models.
     archive_use_pigz: bool = _var("MODEL_ARCHIVE_USE_PIGZ", _flag, False)
     archive_level: int | None = _var("MODEL_ARCHIVE_COMPRESSION_LEVEL", _whole(0, 9))
@@ -239,6 +265,41 @@ class Settings:
 def read_environment() -> Mapping[str, str]:
     """Return the process environment; the only reader of it."""
     return os.environ
+
+
+def child_environment(
+    *,
+    plugin: str,
+    variables: Sequence[str] = (),
+    devices: Sequence[str] = (),
+    foreign: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the environment of a child process that runs an executor.
+
+    It gets what programs and numeric libraries need, what the executor declares and its own
+    settings; never the worker's secrets, unless the executor declares them by their whole name.
+
+    Args:
+        plugin: Name of the executor, whose settings begin with ``FLOWMESH_<PLUGIN>_``.
+        variables: Names that it declares; ``NAME_*`` stands for all that begin so.
+        devices: GPUs that it may see, for ``CUDA_VISIBLE_DEVICES``.
+        foreign: It has another Python: what points to this one's packages is left out.
+        environ: To be chosen from; this process's by default.
+    """
+    source = read_environment() if environ is None else environ
+    exact = {*_CHILD_NAMES, *variables} | (set() if foreign else _PYTHON_NAMES)
+    begins = (*_CHILD_PREFIXES, *(name[:-1] for name in variables if name.endswith("*")))
+    own = f"FLOWMESH_{_owner(plugin)}_"
+    kept = {
+        name: value
+        for name, value in source.items()
+        if name in exact
+        or name.startswith(own)
+        or (name.startswith(begins) and not _SECRET.search(name))
+    }
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return kept | visible
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -262,7 +323,17 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
             problems.append(f"{name} must be {exc}, got {_shown(name, raw)}")
     if problems:
         raise ConfigError("; ".join(problems))
-    return Settings(**{**values, **overrides})
+    return Settings(**{"envs_dir": _default_envs_dir(source), **values, **overrides})
+
+
+def _default_envs_dir(environ: Mapping[str, str]) -> Path | None:
+    """Return where a user's environments lie; None for a process without a home."""
+    data = Path(environ.get("XDG_DATA_HOME", ""))
+    if not data.is_absolute():  # the specification has such a value ignored
+        if not environ.get("HOME"):
+            return None
+        data = Path(environ["HOME"], ".local", "share")
+    return data / "flowmesh" / "envs"
 
 
 def _shown(variable: str, raw: str) -> str:
@@ -322,5 +393,8 @@ def _variable_of(model: type[BaseModel], field: str, plugin: str) -> str:
     key = _key_of(model, field)
     if key != field and key.isupper():
         return key
-    owner = re.sub(r"\W", "_", plugin).upper()
-    return f"FLOWMESH_{owner}_{field.upper()}"
+    return f"FLOWMESH_{_owner(plugin)}_{field.upper()}"
+
+
+def _owner(plugin: str) -> str:
+    return re.sub(r"\W", "_", plugin).upper()

@@ -87,7 +87,11 @@ class ExecutorInfo:
         group_key: Paths into ``spec``; tasks that agree on them may run as one group.
         model_formats: ``gguf``, ``hf``: what it loads; empty means it loads no model.
         default_model: Environment variable that names the model of tasks that name none.
-        variables: Environment variables that its child process keeps.
+        variables: Environment variables that its child process keeps; ``NAME_*`` keeps all that
+            begin so.
+        environment: Name of the virtual environment that it was found in; empty for the worker's
+            own. Set by discovery, not by authors.
+        missing: Packages of ``needs`` that this environment lacks. Set as above.
         priority: Rank among executors of one task type; higher is preferred.
     """
 
@@ -109,6 +113,8 @@ class ExecutorInfo:
     model_formats: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
     default_model: str = ""
     variables: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
+    environment: str = ""
+    missing: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     priority: int = 0
 
     def __attrs_post_init__(self) -> None:
@@ -193,6 +199,23 @@ class Outcome:
         """Whether the task succeeded."""
         return self.error is None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as data that ``from_dict`` reads in another process."""
+        return {
+            "result": self.result,
+            "error": self.error and self.error.to_dict(),
+            "artifacts": [attrs.asdict(artifact) for artifact in self.artifacts],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Outcome:
+        """Build an outcome from ``to_dict``."""
+        return cls(
+            result=data["result"],
+            error=data["error"] and FlowmeshError.from_dict(data["error"]),
+            artifacts=[Artifact(**fields) for fields in data["artifacts"]],
+        )
+
 
 RunResult = Outcome | Mapping[str, Any]
 
@@ -260,6 +283,8 @@ class RunContext:
         devices: GPU indexes that this task may use; empty on CPU.
         deadline: Seconds on ``clock`` at which the task must have ended, or None.
         clock: Monotonic clock in seconds.
+        batch_scale: Factor for batch sizes, 1 or less; 0.5 when memory ran out before and the
+            executor declares ``Capability.SHRINK``.
     """
 
     task_id: str
@@ -275,23 +300,41 @@ class RunContext:
     devices: tuple[str, ...] = ()
     deadline: float | None = None
     clock: Callable[[], float]
+    batch_scale: float = 1.0
     is_cancelled: Callable[[], bool] = attrs.field(default=lambda: False, repr=False)
     on_progress: Callable[[Mapping[str, Any]], None] = attrs.field(default=_nothing, repr=False)
     on_log: Callable[[str, str], None] = attrs.field(default=_nothing, repr=False)
-    on_ready: Callable[[RunResult], None] = attrs.field(default=_nothing, repr=False)
+    on_ready: Callable[[RunResult, float | None], None] = attrs.field(default=_nothing, repr=False)
     start_child: Callable[[Mapping[str, Any]], Future[Outcome]] = attrs.field(
         default=_no_children, repr=False
     )
 
-    def progress(self, fraction: float | None = None, message: str = "", **values: Any) -> None:
+    def progress(
+        self,
+        fraction: float | None = None,
+        message: str = "",
+        *,
+        step: int | None = None,
+        total: int | None = None,
+        **values: Any,
+    ) -> None:
         """Report progress; cheap, never blocks, from any thread.
+
+        Every report becomes a line of ``metrics.jsonl``; subscribers get the latest one a few
+        times a second.
 
         Args:
             fraction: 0 to 1 and never falling, or None when unknown.
             message: For people.
+            step: Units of work done; with ``total`` it gives the fraction.
+            total: Units of work in all.
             values: Numbers and texts, such as ``loss`` or ``step``; NumPy and torch scalars are
                 taken as numbers, anything else that is no JSON as its text.
         """
+        if step is not None:
+            values |= {"step": step} if total is None else {"step": step, "total": total}
+            if fraction is None and total:
+                fraction = min(step / total, 1.0)
         plain = {key: _as_json(value) for key, value in values.items()}
         self.on_progress({"fraction": _as_json(fraction), "message": message, **plain})
 
@@ -299,9 +342,14 @@ class RunContext:
         """Write one line to the task's log."""
         self.on_log(level, message)
 
-    def ready(self, result: RunResult) -> None:
-        """Say that a service is up: the task has succeeded while ``run`` goes on."""
-        self.on_ready(result)
+    def ready(self, result: RunResult, *, ttl_s: float | None = None) -> None:
+        """Say that a service is up: the task has succeeded while ``run`` goes on.
+
+        The service keeps its devices and memory, not its slot, until ``ttl_s`` seconds are over,
+        the task is cancelled, its workflow ends or the worker stops; it is then cancelled like
+        any task.
+        """
+        self.on_ready(result, ttl_s)
 
     def run_task(self, spec: Mapping[str, Any]) -> ChildTask:
         """Run another task on this worker within this task's slot, deadline and cancel."""

@@ -69,6 +69,26 @@ class Inputs:
     adapters: tuple[AdapterRef, ...] = ()
     upstream: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
 
+    def paths(self) -> tuple[Path, ...]:
+        """Return every local file or folder that is named here."""
+        named = [
+            self.model.path if self.model else None,
+            self.rows.path if self.rows else None,
+            self.checkpoint,
+            *(adapter.path for adapter in self.adapters),
+        ]
+        return tuple(path for path in named if path is not None)
+
+    def moved(self, places: Mapping[Path, Path]) -> Inputs:
+        """Return the same inputs with every path where ``places`` says that it lies now."""
+        return attrs.evolve(
+            self,
+            rows=self.rows and self.rows.moved(places),
+            model=self.model and attrs.evolve(self.model, path=_moved(self.model.path, places)),
+            checkpoint=_moved(self.checkpoint, places),
+            adapters=tuple(attrs.evolve(a, path=places[a.path]) for a in self.adapters),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the inputs as JSON data."""
         return {
@@ -89,6 +109,10 @@ class Inputs:
             adapters=tuple(map(AdapterRef.from_dict, data["adapters"])),
             upstream=data["upstream"],
         )
+
+
+def _moved(path: Path | None, places: Mapping[Path, Path]) -> Path | None:
+    return None if path is None else places[path]
 
 
 def resolve_inputs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import attrs
 
 from flowmesh_core.artifacts.layout import RESULT_NAME
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import parse_task
+from flowmesh_core.contract import parse_message, parse_task
 from flowmesh_core.errors import FlowmeshError
-from flowmesh_core.events import TASK_FAILED, TASK_SUCCEEDED, TaskEvent, WorkerEvent
+from flowmesh_core.events import TASK_FAILED, TASK_SUCCEEDED, LogChunk, TaskEvent, WorkerEvent
 from flowmesh_core.plugins import Plugins
 from flowmesh_core.transports.local import LocalTransport
 from flowmesh_core.wire import decode_json, encode_json, utc_now
@@ -70,6 +70,7 @@ class LocalRun:
         settings: ``results_dir`` and limits are used.
         plugins: Loaded plugins.
         on_event: Called on the event loop for each event of each task.
+        on_serving: Called once with the services that stay up after all else has ended.
     """
 
     def __init__(
@@ -79,9 +80,11 @@ class LocalRun:
         plugins: Plugins,
         *,
         on_event: Callable[[PlannedTask, TaskEvent], None] = lambda _task, _event: None,
+        on_serving: Callable[[Sequence[StageReport]], None] = lambda _reports: None,
     ) -> None:
         self.workflow = workflow
         self._on_event = on_event
+        self._on_serving = on_serving
         self._transport = LocalTransport(settings)
         self._worker = Worker(settings, transport=self._transport, plugins=plugins)
         self._reports: dict[str, StageReport] = {}
@@ -92,11 +95,16 @@ class LocalRun:
         self._cancelled = False
 
     async def run(self) -> list[StageReport]:
-        """Run all tasks; return one report for each, in the workflow's order."""
+        """Run all tasks; return one report for each, in the workflow's order.
+
+        A service that other stages use ends with the last of them; one that nobody uses here is
+        there for others, and stays until its time is over or ``cancel`` is called.
+        """
         self._transport.listen(self._note)
         working = asyncio.ensure_future(self._worker.run())
         try:
             await self._drive(working)
+            await self._stay_for_services()
         finally:
             self._worker.stop()
             await working
@@ -105,8 +113,19 @@ class LocalRun:
     def cancel(self) -> None:
         """Stop running tasks and start no more; ``run`` returns soon after."""
         self._cancelled = True
-        for task_id in self._running:
+        for task_id in (*self._running, *self._worker.services):
             self._worker.cancel(task_id, "interrupted")
+
+    async def _stay_for_services(self) -> None:
+        used = {task_id for task in self.workflow.tasks for task_id in task.depends_on}
+        services = {
+            task_id: service
+            for task_id, service in self._worker.services.items()
+            if task_id not in used
+        }
+        if services and not self._cancelled:
+            self._on_serving([self._reports[task_id] for task_id in services])
+            await asyncio.wait(services.values())
 
     async def _drive(self, working: asyncio.Task[None]) -> None:
         step = begin(self.workflow)
@@ -122,7 +141,7 @@ class LocalRun:
             outcome = at_once.popleft() if at_once else await self._next_outcome(working)
             step = advance(step.state, outcome)
 
-    def _note(self, event: TaskEvent | WorkerEvent) -> None:
+    def _note(self, event: TaskEvent | WorkerEvent | LogChunk) -> None:
         if isinstance(event, TaskEvent):
             self._on_event(self.workflow.by_id(event.task_id), event)
             self._events.put_nowait(event)
@@ -134,6 +153,7 @@ class LocalRun:
         try:
             document = render_task(self.workflow, task, self._documents)
             body = encode_json(self._message(task, document))
+            parse_message(body)  # the worker could not even name whom it refuses
         except (FlowmeshError, TypeError, ValueError) as exc:
             return self._fail(task, str(exc))
         self._rendered[task.task_id] = document

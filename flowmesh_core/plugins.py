@@ -9,15 +9,17 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.util
+import json
 import logging
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distribution, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import attrs
 import pluggy
@@ -33,17 +35,21 @@ from flowmesh_core.errors import (
 )
 from flowmesh_core.executor import API_VERSION, Capability, Executor, ExecutorInfo
 from flowmesh_core.inputs import detect_model_format
+from flowmesh_core.places.environments import Environment, list_environments, read_offer
 
 __all__ = [
     "ExecutorRegistry",
     "PluginReport",
     "PluginState",
     "Plugins",
+    "core_requirement",
     "extensions",
+    "import_plugin_file",
     "import_target",
     "is_importable",
     "load_driver",
     "load_plugins",
+    "missing_packages",
 ]
 
 _log = logging.getLogger(__name__)
@@ -64,7 +70,11 @@ class PluginState(str, enum.Enum):
 
 @attrs.frozen(kw_only=True)
 class PluginReport:
-    """One row of ``flowmesh plugins list``; ``import_s`` in seconds."""
+    """One row of ``flowmesh plugins list``; ``import_s`` in seconds.
+
+    ``environment`` is the one that the plugin lives in, empty for this process's own. One that
+    cannot be used is a row of its own, without a distribution.
+    """
 
     name: str
     distribution: str
@@ -74,6 +84,7 @@ class PluginReport:
     import_s: float = 0.0
     executors: tuple[ExecutorInfo, ...] = ()
     hooks: tuple[str, ...] = ()
+    environment: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON data."""
@@ -97,6 +108,17 @@ class _Candidate:
     import_s: float = 0.0
     module: Any = None
     executors: tuple[ExecutorInfo, ...] = ()
+    environment: str = ""
+
+    @property
+    def owner(self) -> str:
+        where = f" in environment {self.environment}" if self.environment else ""
+        return self.distribution + where
+
+    def belongs_to(self, other: _Candidate) -> bool:
+        """Whether they are one plugin, installed beside the worker and in an environment."""
+        places = bool(self.environment) + bool(other.environment)
+        return self is other or (places == 1 and self.distribution == other.distribution)
 
     def refuse(self, state: PluginState, reason: str) -> None:
         self.state, self.reason, self.executors = state, reason, ()
@@ -112,15 +134,25 @@ class _Candidate:
             import_s=self.import_s,
             executors=self.executors,
             hooks=tuple(hooks) if self.state is PluginState.LOADED else (),
+            environment=self.environment,
         )
 
 
 class Plugins:
     """All plugins of the process: the hook manager, the reports, the declared executors."""
 
-    def __init__(self, manager: pluggy.PluginManager, reports: Sequence[PluginReport]) -> None:
+    def __init__(
+        self,
+        manager: pluggy.PluginManager,
+        reports: Sequence[PluginReport],
+        *,
+        files: Sequence[Path] = (),
+        pythons: Mapping[str, Path] | None = None,
+    ) -> None:
         self.manager = manager
         self.reports = tuple(reports)
+        self.files = tuple(files)
+        self.pythons = pythons or {}
 
     @property
     def executors(self) -> tuple[ExecutorInfo, ...]:
@@ -135,6 +167,7 @@ class Plugins:
             preferences=settings.executor_preferences,
             gpu_count=gpu_count,
             choose=self.manager.hook.flowmesh_choose_executor,
+            pythons=self.pythons,
         )
 
     def observe(self, hook: str, **arguments: Any) -> None:
@@ -185,19 +218,29 @@ def load_plugins(settings: Settings, *, files: Iterable[Path] = ()) -> Plugins:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     installed = [_from_entry_point(point) for point in _sorted_entry_points("flowmesh")]
-    asked_for = [_from_file(Path(path)) for path in files]
+    files = [Path(path) for path in files]
+    asked_for = [_from_file(path) for path in files]
     candidates = installed + asked_for
     for candidate in candidates:
         _apply_lists(candidate, settings)
+    environments = list_environments(settings.envs_dir)
+    for environment in environments:
+        candidates += _from_environment(environment, settings)
     _refuse_duplicates(candidates)
     for candidate in candidates:
-        if candidate.state is PluginState.LOADED:
+        if candidate.state is PluginState.LOADED and not candidate.environment:
             _load(candidate, manager)
+    _share_out_executors(candidates)
     _refuse_claimed_names(candidates, manager)
     for candidate in candidates:
         must = settings.strict_plugins or candidate in asked_for
         _complain(candidate, raise_now=must)
-    return Plugins(manager, [candidate.report() for candidate in candidates])
+    return Plugins(
+        manager,
+        [candidate.report() for candidate in candidates],
+        files=files,
+        pythons={environment.name: environment.python for environment in environments},
+    )
 
 
 def _sorted_entry_points(group: str) -> list[EntryPoint]:
@@ -215,11 +258,21 @@ def _from_entry_point(point: EntryPoint) -> _Candidate:
 
 def _from_file(path: Path) -> _Candidate:
     # The module gets a name of its own, so that `target=f"{__name__}:Class"` can be imported.
-    name = re.sub(r"\W", "_", f"flowmesh_plugin_{path.stem}")
-    return _Candidate(path.stem, str(path), "0", name, lambda: _import_file(path, name))
+    name = _module_of(path)
+    return _Candidate(path.stem, str(path), "0", name, lambda: import_plugin_file(path))
 
 
-def _import_file(path: Path, name: str) -> ModuleType:
+def _module_of(path: Path) -> str:
+    return re.sub(r"\W", "_", f"flowmesh_plugin_{path.stem}")
+
+
+def import_plugin_file(path: Path) -> ModuleType:
+    """Import a single-file plugin under the name by which its targets are found.
+
+    Raises:
+        PluginLoadError: There is no such file.
+    """
+    name = _module_of(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise PluginLoadError(f"plugin file {path} must be an existing .py file")
@@ -233,6 +286,62 @@ def _import_file(path: Path, name: str) -> ModuleType:
     return module
 
 
+def _from_environment(environment: Environment, settings: Settings) -> list[_Candidate]:
+    """Return what an environment offers, or the one row that says why it is left out."""
+    try:
+        offer = read_offer(environment, settings)
+        return [_from_row(row, environment.name) for row in offer.plugins]
+    except PluginError as exc:
+        candidate = _Candidate(environment.name, "", "", "", _never, environment=environment.name)
+        remedy = f"repair it, or run: flowmesh env remove {environment.name}"
+        candidate.refuse(PluginState.BROKEN, f"{exc}; {remedy}")
+        return [candidate]
+
+
+def _from_row(row: Mapping[str, Any], environment: str) -> _Candidate:
+    """Build a candidate from ``PluginReport.to_dict``; hooks are not called across environments."""
+    try:
+        return _Candidate(
+            name=row["name"],
+            distribution=row["distribution"],
+            version=row["version"],
+            module_name="",
+            load=_never,
+            state=PluginState(row["state"]),
+            reason=row["reason"],
+            import_s=row["import_s"],
+            executors=tuple(_settle(info, environment) for info in row["executors"]),
+            environment=environment,
+        )
+    except (KeyError, TypeError, ValueError, PluginError) as exc:
+        raise PluginError(f"environment {environment}: cannot read its plugins: {exc!r}") from exc
+
+
+def _settle(data: Mapping[str, Any], environment: str) -> ExecutorInfo:
+    info = ExecutorInfo.from_dict({**data, "environment": environment})
+    # Another Python's packages cannot be imported here, whatever the author prefers.
+    places = [place for place in info.places if place != "inline"] or ["process"]
+    return attrs.evolve(info, places=places)
+
+
+def core_requirement() -> list[str]:
+    """Return what an installer must be given for a core that goes with this one.
+
+    The folder or wheel that this one came from, as long as it is there; else a version of the
+    same minor.
+    """
+    told = json.loads(distribution(_CORE).read_text("direct_url.json") or "{}")
+    path = Path(unquote(urlsplit(told.get("url", "")).path))
+    if urlsplit(told.get("url", "")).scheme == "file" and path.exists():
+        editable = told.get("dir_info", {}).get("editable")
+        return ["--editable", str(path)] if editable else [str(path)]
+    return [f"{_CORE}~={__version__.partition('+')[0]}"]
+
+
+def _never() -> Any:
+    raise AssertionError("a plugin of another environment is not loaded here")
+
+
 def _apply_lists(candidate: _Candidate, settings: Settings) -> None:
     if candidate.name in settings.disable_plugins:
         candidate.refuse(PluginState.DISABLED, "named in FLOWMESH_DISABLE_PLUGINS")
@@ -243,9 +352,9 @@ def _apply_lists(candidate: _Candidate, settings: Settings) -> None:
 def _refuse_duplicates(candidates: Sequence[_Candidate]) -> None:
     allowed = [c for c in candidates if c.state is PluginState.LOADED]
     for one in allowed:
-        others = [c for c in allowed if c.name == one.name and c is not one]
+        others = [c for c in allowed if c.name == one.name and not one.belongs_to(c)]
         if others and one.distribution != _CORE:
-            owners = ", ".join(sorted({one.distribution, *(c.distribution for c in others)}))
+            owners = ", ".join(sorted({one.owner, *(c.owner for c in others)}))
             reason = f"plugin name {one.name!r} is claimed by {owners}; uninstall all but one"
             one.refuse(PluginState.CONFLICT, reason)
 
@@ -306,6 +415,27 @@ def _check_api(info: ExecutorInfo, candidate: _Candidate) -> None:
         )
 
 
+def _share_out_executors(candidates: Sequence[_Candidate]) -> None:
+    """Of a plugin that is here and in an environment, take each executor where it can run.
+
+    A plugin installs without its engine, and the environment brings that: what lacks packages
+    here and none there is served from there.
+    """
+    here = {c.name: c for c in candidates if c.state is PluginState.LOADED and not c.environment}
+    for there in candidates:
+        local = here.get(there.name)
+        if not there.environment or there.state is not PluginState.LOADED or local is None:
+            continue
+        lacking = {info.name for info in local.executors if missing_packages(info)}
+        complete = {info.name for info in there.executors if not info.missing}
+        moved = lacking & complete
+        kept = {info.name for info in local.executors} - moved
+        local.executors = tuple(info for info in local.executors if info.name in kept)
+        there.executors = tuple(info for info in there.executors if info.name not in kept)
+        if not there.executors:
+            there.refuse(PluginState.DISABLED, "installed beside the worker as well")
+
+
 def _refuse_claimed_names(candidates: Sequence[_Candidate], manager: pluggy.PluginManager) -> None:
     owners: dict[str, list[_Candidate]] = {}
     for candidate in candidates:
@@ -314,21 +444,25 @@ def _refuse_claimed_names(candidates: Sequence[_Candidate], manager: pluggy.Plug
     for name, claimants in owners.items():
         if len(claimants) < 2:
             continue
-        both = " and ".join(sorted(c.distribution for c in claimants))
+        both = " and ".join(sorted(c.owner for c in claimants))
         reason = f"executor name {name!r} is claimed by {both}; disable one of them"
         for claimant in claimants:
             if claimant.distribution != _CORE and claimant.state is PluginState.LOADED:
-                manager.unregister(name=claimant.name)
+                if not claimant.environment:
+                    manager.unregister(name=claimant.name)
                 claimant.refuse(PluginState.CONFLICT, reason)
 
 
 def _complain(candidate: _Candidate, *, raise_now: bool) -> None:
     if candidate.state in (PluginState.LOADED, PluginState.DISABLED):
         return
+    where = f", environment {candidate.environment}" if candidate.environment else ""
     text = (
         f"plugin {candidate.name} ({candidate.distribution} {candidate.version}, "
-        f"{_CORE} {__version__}) is {candidate.state.value}: {candidate.reason}"
+        f"{_CORE} {__version__}{where}) is {candidate.state.value}: {candidate.reason}"
     )
+    if not candidate.distribution:  # a whole environment, which the reason names
+        text = candidate.reason
     if raise_now:
         conflict = candidate.state is PluginState.CONFLICT
         raise (PluginConflictError if conflict else PluginLoadError)(text)
@@ -345,6 +479,13 @@ def is_importable(name: str) -> bool:
     except (ImportError, ValueError):
         return False
     return spec is not None and spec.origin is not None
+
+
+def missing_packages(info: ExecutorInfo) -> tuple[str, ...]:
+    """Return which of the packages that an executor needs are not installed where it runs."""
+    if info.environment:
+        return info.missing
+    return tuple(name for name in info.needs if not is_importable(name))
 
 
 def import_target(target: str) -> Any:
@@ -414,6 +555,7 @@ class ExecutorRegistry:
         preferences: Names per task type, best first (``FLOWMESH_PREFER``).
         gpu_count: GPUs that this worker may use.
         choose: ``flowmesh_choose_executor``, or None.
+        pythons: Interpreter of each further environment, by its name.
     """
 
     def __init__(
@@ -423,12 +565,15 @@ class ExecutorRegistry:
         preferences: Mapping[str, Sequence[str]] | None = None,
         gpu_count: int = 0,
         choose: Callable[..., str | None] | None = None,
+        pythons: Mapping[str, Path] | None = None,
     ) -> None:
         self._infos = {info.name: info for info in infos}
         self._classes: dict[str, type[Executor]] = {}
+        self._from_code: set[str] = set()
         self._preferences = preferences or {}
         self._gpu_count = gpu_count
         self._choose = choose
+        self.pythons = pythons or {}
 
     @property
     def infos(self) -> tuple[ExecutorInfo, ...]:
@@ -451,14 +596,25 @@ class ExecutorRegistry:
         self._infos[info.name] = info
         if cls is not None:
             self._classes[info.name] = cls
+            self._from_code.add(info.name)
+
+    def places(self, info: ExecutorInfo) -> tuple[str, ...]:
+        """Return where an executor can run; a class that came from code only exists here."""
+        return ("inline",) if info.name in self._from_code else info.places
 
     def load_class(self, info: ExecutorInfo) -> type[Executor]:
         """Import the executor's class.
 
         Raises:
-            PluginLoadError: It cannot be imported or is no ``Executor``.
+            PluginLoadError: It cannot be imported, is no ``Executor`` or lives in another
+                environment.
         """
         cls = self._classes.get(info.name)
+        if cls is None and info.environment:
+            raise PluginLoadError(
+                f"executor {info.name!r} lives in environment {info.environment} and cannot be "
+                "imported here; run it in the place 'process'"
+            )
         if cls is None:
             cls = import_target(info.target)
             if not (isinstance(cls, type) and issubclass(cls, Executor)):
@@ -515,10 +671,12 @@ class ExecutorRegistry:
             return f"is not {executor!r}, which spec.executor asks for"
         if info.needs_gpu and (enforce_cpu or not self._gpu_count):
             return "needs a GPU" + (", and enforce_cpu is set" if enforce_cpu else "")
-        missing = [name for name in info.needs if not is_importable(name)]
+        missing = missing_packages(info)
         if missing:
-            run = f"; run: {info.install}" if info.install else ""
-            return f"needs the package {', '.join(missing)}, not installed here{run}"
+            where = f"in environment {info.environment}" if info.environment else "here"
+            run = "run there" if info.environment else "run"
+            hint = f"; {run}: {info.install}" if info.install else ""
+            return f"needs the package {', '.join(missing)}, not installed {where}{hint}"
         found = detect_model_format(_model_source(spec)) if info.model_formats else ""
         if found and found not in info.model_formats:
             loads = ", ".join(sorted(info.model_formats))
@@ -556,7 +714,7 @@ def _unavailable(
     task_type: str, declared: Sequence[ExecutorInfo], reasons: Mapping[str, str]
 ) -> ExecutorUnavailableError:
     told = "; ".join(f"executor {info.name!r} {reasons[info.name]}" for info in declared)
-    missing = [name for info in declared for name in info.needs if not is_importable(name)]
+    missing = [name for info in declared for name in missing_packages(info)]
     install = next((info.install for info in declared if info.install and missing), "")
     return ExecutorUnavailableError(
         f"task type {task_type!r}: {told}", needs=missing, install=install

@@ -16,6 +16,7 @@ from flowmesh_core.events import (
     STATUS,
     TASK_PROGRESS,
     UNREGISTER,
+    LogChunk,
     TaskEvent,
     WorkerEvent,
 )
@@ -122,6 +123,18 @@ class Presence:
     def say_progress(self, task_id: str, values: Mapping[str, Any]) -> None:
         """Pass on what an executor reported."""
         self.say(TaskEvent(type=TASK_PROGRESS, task_id=task_id, payload=dict(values)))
+
+    def say_output(self, task_id: str, stream: str, offset: int, data: bytes) -> None:
+        """Pass on a piece of a task's log."""
+        self._transport.send_log(
+            LogChunk(
+                task_id=task_id,
+                worker_id=self._settings.worker_id,
+                stream=stream,
+                offset=offset,
+                data=data,
+            )
+        )
 
     def say(self, event: TaskEvent) -> None:
         """Send an event about a task."""

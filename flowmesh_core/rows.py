@@ -82,6 +82,22 @@ class RowSource:
         }
         return cls(kind="list", params=params)
 
+    @property
+    def path(self) -> Path | None:
+        """The local file or folder that is read, if any."""
+        if self.kind == "jsonl":
+            return Path(self.params["path"])
+        if self.kind == "dataset" and (path := Path(self.params["url"])).exists():
+            return path
+        return None
+
+    def moved(self, places: Mapping[Path, Path]) -> RowSource:
+        """Return the same rows, read from where ``places`` says that the file lies now."""
+        if self.path is None:
+            return self
+        key = "path" if self.kind == "jsonl" else "url"
+        return attrs.evolve(self, params={**self.params, key: str(places[self.path])})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the description as JSON data."""
         return attrs.asdict(self, recurse=False)

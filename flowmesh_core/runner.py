@@ -1,4 +1,4 @@
-"""Run one task: resolve its executor, gather its inputs, run it in a place, within its time."""
+"""Run one task: reserve what it needs, gather its inputs, run it in a place, within its time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,6 +19,7 @@ from flowmesh_core.config import Settings, load_plugin_settings, read_environmen
 from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
     CancelledError,
+    CrashError,
     DeadlineError,
     ExecutionError,
     FlowmeshError,
@@ -27,23 +28,73 @@ from flowmesh_core.errors import (
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
 from flowmesh_core.inputs import Inputs, hub_cache_folder, resolve_inputs
 from flowmesh_core.masking import SecretMask
-from flowmesh_core.places.base import Place
+from flowmesh_core.places.base import Job, Place, PlaceContext, engine_key
+from flowmesh_core.places.settle import as_execution_error
 from flowmesh_core.plugins import ExecutorRegistry, Plugins, import_target, load_driver
+from flowmesh_core.resources import Grant, ResourceLedger, ResourceRequest, parse_resources
+from flowmesh_core.task_log import TaskLog
+from flowmesh_core.task_progress import ProgressRecorder
 from flowmesh_core.templates import render_env
 from flowmesh_core.validation import validate_model
-from flowmesh_core.wire import encode_json, utc_now
+from flowmesh_core.wire import encode_json
 
-__all__ = ["Runner"]
+__all__ = ["Reservation", "Runner", "RunnerEvents"]
 
 _log = logging.getLogger(__name__)
-# How long an executor that was asked to stop may take before its coroutine is cancelled.
-_STOP_GRACE_S = 5.0
 
-ProgressListener = Callable[[str, Mapping[str, Any]], None]
+
+@attrs.frozen(kw_only=True)
+class RunnerEvents:
+    """Who is told what happens while tasks run; called from any thread.
+
+    Attributes:
+        on_progress: Gets a task id and what its executor reported, a few times a second.
+        on_output: Gets a task id, the stream, the offset in its file and the bytes.
+        progress_interval_s: Least seconds between two reports of one task.
+    """
+
+    on_progress: Callable[[str, Mapping[str, Any]], None] = lambda _task_id, _values: None
+    on_output: Callable[[str, str, int, bytes], None] = lambda *_output: None
+    progress_interval_s: float = 0.2
 
 
 def _new_future() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
+
+
+@attrs.define(eq=False)
+class _Stop:
+    """The wish that one task should end; ``asked`` is done once somebody has it."""
+
+    reason: str = ""
+    retriable: bool = False
+    asked: asyncio.Future[None] = attrs.field(factory=_new_future)
+
+    def ask(self, reason: str, *, retriable: bool) -> None:
+        if not self.asked.done():
+            self.reason, self.retriable = reason, retriable
+            self.asked.set_result(None)
+
+    def check(self) -> None:
+        if self.asked.done():
+            raise self.error()
+
+    def error(self) -> CancelledError:
+        return CancelledError(self.reason, retriable=self.retriable)
+
+
+@attrs.frozen(kw_only=True)
+class Reservation:
+    """What a task holds of the worker while it runs.
+
+    Attributes:
+        request: What its document asks for.
+        uses_gpu: Whether its executor uses the devices of the grant.
+    """
+
+    request: ResourceRequest
+    grant: Grant
+    uses_gpu: bool
 
 
 @attrs.define(eq=False)
@@ -52,32 +103,32 @@ class _Run:
 
     task: Task
     attempt: Attempt
+    reservation: Reservation
     deadline: float | None
-    engines: frozenset[str] = frozenset()
-    cancelled: bool = False
-    reason: str = ""
-    retriable: bool = False
-    stop: asyncio.Future[None] = attrs.field(factory=_new_future)
+    stop: _Stop
+    log: TaskLog
+    progress: ProgressRecorder
+    inline: frozenset[str] = frozenset()
+    stopping: bool = False
     children: int = 0
     mask: SecretMask = attrs.field(factory=lambda: SecretMask({}))
 
-    def log(self, level: str, message: str) -> None:
-        """Append to the task's log; one write, so that lines of several threads stay whole."""
-        line = f"{utc_now()} {level.upper()} {self.mask.text(message)}\n"
-        with (self.attempt.folder / "logs" / "task.log").open("a", encoding="utf-8") as file:
-            file.write(line)
+    def close(self) -> None:
+        self.progress.close()
+        self.log.close()
 
 
 class Runner:
-    """Runs tasks in slots.
+    """Runs tasks within what the machine has.
 
     Args:
-        settings: Slots, time limits, the operator's allow-lists.
+        settings: Time limits, the operator's allow-lists.
         plugins: For observers and model sources.
         registry: Finds executors.
         fetcher: Downloads and unpacks.
-        devices: GPU indexes that tasks may use.
-        on_progress: Gets a task id and what its executor reported.
+        ledger: The machine's slots, memory and GPUs.
+        places: What places are told about the worker.
+        events: Who is told what happens.
     """
 
     def __init__(
@@ -87,73 +138,154 @@ class Runner:
         registry: ExecutorRegistry,
         fetcher: Fetcher,
         *,
-        devices: tuple[str, ...] = (),
-        on_progress: ProgressListener = lambda _task_id, _values: None,
+        ledger: ResourceLedger,
+        places: PlaceContext,
+        events: RunnerEvents | None = None,
     ) -> None:
         self._settings = settings
         self._plugins = plugins
         self._registry = registry
         self._fetcher = fetcher
-        self._devices = devices
-        self._on_progress = on_progress
-        self._slots = asyncio.Semaphore(settings.max_concurrent_tasks)
-        self._busy = 0
-        self._runs: dict[str, _Run] = {}
+        self._ledger = ledger
+        self._place_context = places
+        self._events = events or RunnerEvents()
+        self._stops: dict[str, _Stop] = {}
         self._places: dict[str, Place] = {}
         self._models: dict[str, Any] = {}
         self._plugin_settings: dict[str, Any] = {}
-        self._services: set[asyncio.Task[Any]] = set()
+        self._services: dict[str, asyncio.Task[None]] = {}
 
     @property
     def full(self) -> bool:
-        """Whether every slot is taken."""
-        return self._busy >= self._settings.max_concurrent_tasks
+        """Whether another task would have to wait."""
+        return self._ledger.full or bool(self._ledger.waiting)
 
-    @contextlib.asynccontextmanager
-    async def slot(self) -> Any:
-        """Wait for a slot, first come first served, and hold it."""
-        async with self._slots:
-            self._busy += 1
-            try:
-                yield
-            finally:
-                self._busy -= 1
+    @property
+    def services(self) -> Mapping[str, asyncio.Task[None]]:
+        """Services that are up, by the id of the task that started each."""
+        return self._services
+
+    # Take in, reserve, cancel.
+
+    def admit(self, task_ids: Iterable[str]) -> None:
+        """Let tasks be cancelled from now on, before they start too."""
+        self._stops |= {task_id: _Stop() for task_id in task_ids}
+
+    def dismiss(self, task_ids: Iterable[str]) -> None:
+        """Forget tasks that have ended."""
+        for task_id in task_ids:
+            if task_id not in self._services:
+                self._stops.pop(task_id, None)
 
     def cancel(self, task_id: str, reason: str, *, retriable: bool = False) -> bool:
-        """Ask a running task to stop; return whether it was running.
+        """Ask a task, or the service that it started, to stop; return whether it is here.
 
         Args:
-            task_id: The task.
+            task_id: The task; when it has not started it never will.
             reason: What its error says.
             retriable: Whether another worker should take it.
         """
-        run = self._runs.get(task_id)
-        if run is None:
+        stop = self._stops.get(task_id)
+        if stop is None:
             return False
-        run.cancelled, run.reason, run.retriable = True, reason, retriable
-        if not run.stop.done():
-            run.stop.set_result(None)
+        stop.ask(reason, retriable=retriable)
         return True
 
-    async def run(self, task: Task, attempt: Attempt) -> Outcome:
+    @contextlib.asynccontextmanager
+    async def reserve(self, task: Task) -> AsyncIterator[Reservation]:
+        """Wait for a slot and what ``spec.resources`` asks for, and hold it.
+
+        Raises:
+            FlowmeshError: No executor serves the task, the machine can never meet the request,
+                or the task was cancelled while it waited.
+        """
+        info = self._resolve(task)
+        where = f"task {task.task_id}"
+        request = parse_resources(task.common.resources, where=where)
+        uses_gpu = Capability.GPU in info.capabilities and not task.common.enforce_cpu
+        waiting = asyncio.ensure_future(
+            self._ledger.acquire(
+                request,
+                uses_gpu=uses_gpu,
+                priority=_priority(task),
+                engine=f"{info.name} {engine_key(info, task.spec)}",
+                shared=Capability.CONCURRENT in info.capabilities,
+            )
+        )
+        grant = await self._unless_stopped(waiting, self._stops[task.task_id])
+        try:
+            yield Reservation(request=request, grant=grant, uses_gpu=uses_gpu)
+        finally:
+            if task.task_id in self._services:
+                grant.release_slot()
+            else:
+                grant.release()
+
+    async def _unless_stopped(self, waiting: asyncio.Task[Grant], stop: _Stop) -> Grant:
+        if not waiting.done():
+            either: list[asyncio.Future[Any]] = [waiting, stop.asked]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if stop.asked.done():
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                (await waiting).release()
+            raise stop.error()
+        return waiting.result()
+
+    def _resolve(self, task: Task) -> ExecutorInfo:
+        return self._registry.resolve(
+            task.task_type,
+            task.spec,
+            enforce_cpu=task.common.enforce_cpu,
+            executor=task.common.executor,
+        )
+
+    # Run.
+
+    async def run(self, task: Task, attempt: Attempt, reservation: Reservation) -> Outcome:
         """Run one task to its outcome; whatever goes wrong is in the outcome."""
         limits = (self._settings.task_timeout_s, task.common.timeout_s)
         allowed = [limit for limit in limits if limit is not None]
         deadline = time.monotonic() + min(allowed) if allowed else None
-        return await self._run(_Run(task, attempt, deadline))
+        stop = self._stops[task.task_id]
+        return await self._run(self._begin(task, attempt, reservation, deadline, stop))
+
+    def _begin(
+        self,
+        task: Task,
+        attempt: Attempt,
+        reservation: Reservation,
+        deadline: float | None,
+        stop: _Stop,
+        inline: frozenset[str] = frozenset(),
+    ) -> _Run:
+        task_id, events = task.task_id, self._events
+        log = TaskLog(
+            attempt.folder,
+            mask=lambda: run.mask,
+            publish=lambda *output: events.on_output(task_id, *output),
+            max_bytes=self._settings.task_log_max_bytes,
+        )
+        progress = ProgressRecorder(
+            attempt.folder,
+            lambda values: events.on_progress(task_id, values),
+            interval_s=events.progress_interval_s,
+        )
+        run = _Run(task, attempt, reservation, deadline, stop, log, progress, inline)
+        return run
 
     async def _run(self, run: _Run) -> Outcome:
         task = run.task
-        self._runs[task.task_id] = run
         started = time.monotonic()
         about = {"task_id": task.task_id, "task_type": task.task_type}
         self._plugins.observe("flowmesh_before_task", metadata=task.metadata, **about)
         try:
+            run.stop.check()
             outcome = await self._execute(run)
         except Exception as exc:  # noqa: BLE001 - executor boundary: every failure is an outcome
             outcome = Outcome(error=_as_error(run, exc))
         finally:
-            del self._runs[task.task_id]
+            run.close()
         outcome = _masked(outcome, run.mask)
         runtime_s = time.monotonic() - started
         self._plugins.observe("flowmesh_after_task", outcome=outcome, runtime_s=runtime_s, **about)
@@ -161,31 +293,41 @@ class Runner:
 
     async def _execute(self, run: _Run) -> Outcome:
         task = run.task
-        info = self._registry.resolve(
-            task.task_type,
-            task.spec,
-            enforce_cpu=task.common.enforce_cpu,
-            executor=task.common.executor,
-        )
+        info = self._resolve(task)
         spec: Any = task.spec
         if b"${" in encode_json(spec):  # most documents name no secret, and this look is cheap
             spec, secrets = render_env(spec, self._settings.env_allow, read_environment())
             run.mask = SecretMask(secrets)
-        model = self._spec_model(info)
-        where = f"task {task.task_id}"
-        checked = validate_model(model, spec, where=where, prefix="spec") if model else spec
+        checked = self._validate(info, task, spec)
         inputs = await self._gather(run, info, spec)
-        ctx = self._context(run, info, checked, inputs)
-        place = self._place(info)
-        await place.stage_in(())
-        outcome = await self._within_time(run, info, place, ctx)
-        await place.collect(run.attempt.folder)
-        return outcome
+        place_name, place = self._place(info)
+        if place_name == "inline":
+            run.inline |= {info.name}
+        previous = [run.attempt.previous] if run.attempt.previous else []
+        there = await place.stage_in([run.attempt.folder, *inputs.paths(), *previous])
+        ctx = self._context(run, info, checked, inputs.moved(there), there)
+        request = run.reservation.request
+        job = Job(
+            info=info,
+            spec=spec,
+            ctx=ctx,
+            log=run.log,
+            memory_bytes=request.memory_bytes,
+            gpu_memory_bytes=request.gpu_memory_bytes,
+        )
+        try:
+            return await self._within_memory(run, place, job)
+        finally:
+            await place.collect(run.attempt.folder)
 
-    def _spec_model(self, info: ExecutorInfo) -> Any:
+    def _validate(self, info: ExecutorInfo, task: Task, spec: Mapping[str, Any]) -> Any:
+        """Check the spec before anything is loaded; an environment's own model is not at hand."""
+        if not info.spec or info.environment:
+            return spec
         if info.name not in self._models:
-            self._models[info.name] = import_target(info.spec) if info.spec else None
-        return self._models[info.name]
+            self._models[info.name] = import_target(info.spec)
+        where = f"task {task.task_id}"
+        return validate_model(self._models[info.name], spec, where=where, prefix="spec")
 
     async def _gather(self, run: _Run, info: ExecutorInfo, spec: Any) -> Inputs:
         if not info.inputs:
@@ -205,139 +347,198 @@ class Runner:
             offline=self._settings.hub_offline,
         )
 
-    def _context(self, run: _Run, info: ExecutorInfo, spec: Any, inputs: Inputs) -> RunContext:
+    def _context(
+        self, run: _Run, info: ExecutorInfo, spec: Any, inputs: Inputs, there: Mapping[Any, Any]
+    ) -> RunContext:
         loop = asyncio.get_running_loop()
-        task_id = run.task.task_id
+        previous = run.attempt.previous
 
         def start_child(child: Mapping[str, Any]) -> Future[Outcome]:
-            return asyncio.run_coroutine_threadsafe(self._run_child(run, info, child), loop)
+            return asyncio.run_coroutine_threadsafe(self._run_child(run, child), loop)
 
         return RunContext(
-            task_id=task_id,
+            task_id=run.task.task_id,
             task_type=run.task.task_type,
             spec=spec,
             raw_spec=run.task.spec,
             metadata=run.task.metadata,
-            folder=run.attempt.folder,
+            folder=there[run.attempt.folder],
             inputs=inputs,
             attempt=run.attempt.number,
-            previous=run.attempt.previous,
+            previous=previous and there[previous],
             settings=self._settings_for(info),
-            devices=() if run.task.common.enforce_cpu else self._devices,
+            devices=run.reservation.grant.devices if Capability.GPU in info.capabilities else (),
             deadline=run.deadline,
             clock=time.monotonic,
-            is_cancelled=lambda: run.cancelled,
-            on_progress=lambda values: self._on_progress(task_id, run.mask.value(values)),
-            on_log=run.log,
+            is_cancelled=lambda: run.stopping,
+            on_progress=lambda values: run.progress.report(run.mask.value(values)),
+            on_log=run.log.line,
             start_child=start_child,
         )
 
     def _settings_for(self, info: ExecutorInfo) -> Any:
+        if info.environment:  # its model is read where it can be imported
+            return None
         if info.settings and info.name not in self._plugin_settings:
             model = import_target(info.settings)
             self._plugin_settings[info.name] = load_plugin_settings(model, plugin=info.name)
         return self._plugin_settings.get(info.name)
 
-    def _place(self, info: ExecutorInfo) -> Place:
+    def _place(self, info: ExecutorInfo) -> tuple[str, Place]:
         problems = []
-        for name in info.places:
+        for name in self._registry.places(info):
             if name in self._places:
-                return self._places[name]
+                return name, self._places[name]
             try:
                 driver = load_driver("flowmesh.places", name)
             except PluginError as exc:
                 problems.append(str(exc))
                 continue
-            place: Place = driver(self._registry.load_class)
-            return self._places.setdefault(name, place)
+            place: Place = driver(self._place_context)
+            return name, self._places.setdefault(name, place)
         raise PluginError(f"executor {info.name!r} can run in none of its places: {problems}")
 
-    async def _within_time(
-        self, run: _Run, info: ExecutorInfo, place: Place, ctx: RunContext
-    ) -> Outcome:
-        ready: asyncio.Future[RunResult] | None = None
-        if Capability.SERVICE in info.capabilities:
+    async def _within_memory(self, run: _Run, place: Place, job: Job) -> Outcome:
+        try:
+            return await self._within_time(run, place, job)
+        except CrashError as exc:
+            if not exc.oom or Capability.SHRINK not in job.info.capabilities:
+                raise
+            run.log.line("warning", f"{exc}; running once more with half the batch")
+            job.ctx.batch_scale = 0.5
+            return await self._within_time(run, place, job)
+
+    async def _within_time(self, run: _Run, place: Place, job: Job) -> Outcome:
+        ctx = job.ctx
+        ready: asyncio.Future[tuple[RunResult, float | None]] | None = None
+        if Capability.SERVICE in job.info.capabilities:
             loop = asyncio.get_running_loop()
             future = ready = loop.create_future()
-            ctx.on_ready = lambda result: _resolve_threadsafe(loop, future, result)
-        work = asyncio.ensure_future(place.run(info, ctx))
-        waiting: list[asyncio.Future[Any]] = [work, run.stop]
+            ctx.on_ready = lambda *answer: _resolve_threadsafe(loop, future, answer)
+        work = asyncio.ensure_future(place.run(job))
+        waiting: list[asyncio.Future[Any]] = [work, run.stop.asked]
         if ready is not None:
             waiting.append(ready)
         await asyncio.wait(waiting, timeout=ctx.remaining_s, return_when=asyncio.FIRST_COMPLETED)
         if work.cancelled():
             raise ExecutionError("the executor cancelled itself")
-        if work.done() and not (run.cancelled and work.exception()):
+        if work.done() and not (run.stop.asked.done() and work.exception()):
             return work.result()
         if ready is not None and ready.done():
-            self._lease(work)
-            answer = ready.result()
+            answer, ttl_s = ready.result()
+            self._lease(run, place, work, ttl_s)
             return answer if isinstance(answer, Outcome) else Outcome(result=answer)
-        return await self._stop(run, work)
-
-    def _lease(self, work: asyncio.Task[Outcome]) -> None:
-        """Keep a service running after its task has succeeded, until the runner closes."""
-        self._services.add(work)
-        work.add_done_callback(self._services.discard)
-
-    async def _stop(self, run: _Run, work: asyncio.Task[Outcome]) -> Outcome:
-        """Ask first, then cancel; a cancelled task that still answers in time has answered."""
-        error: FlowmeshError
-        if run.cancelled:
-            error = CancelledError(run.reason, retriable=run.retriable)
+        if run.stop.asked.done():
+            error: FlowmeshError = run.stop.error()
         else:
             error = DeadlineError(f"task {run.task.task_id} did not end before its deadline")
-            run.cancelled = True
-        await asyncio.wait({work}, timeout=_STOP_GRACE_S)
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work}, timeout=_STOP_GRACE_S)
-        if work.done() and not work.cancelled() and work.exception() is None:
-            _log.info("task %s ended while it was being stopped", run.task.task_id)
+        await self._stop(run, place, work)
         raise error
 
-    async def _run_child(
-        self, parent: _Run, info: ExecutorInfo, spec: Mapping[str, Any]
-    ) -> Outcome:
+    async def _stop(self, run: _Run, place: Place, work: asyncio.Task[Outcome]) -> None:
+        """Ask first; what has not ended after the grace is given up, and ended by its place."""
+        run.stopping = True
+        place.stop(run.task.task_id)
+        grace_s = self._settings.cancel_grace_s
+        await asyncio.wait({work}, timeout=grace_s)
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work}, timeout=grace_s)
+        if work.done() and not work.cancelled() and work.exception() is None:
+            _log.info("task %s ended while it was being stopped", run.task.task_id)
+
+    # Services.
+
+    def _lease(
+        self, run: _Run, place: Place, work: asyncio.Task[Outcome], ttl_s: float | None
+    ) -> None:
+        """Keep a service running after its task has succeeded."""
+        task_id = run.task.task_id
+        service = asyncio.ensure_future(self._serve(run, place, work, ttl_s))
+        self._services[task_id] = service
+        service.add_done_callback(lambda _: self._end_lease(task_id, run.reservation.grant))
+
+    def _end_lease(self, task_id: str, grant: Grant) -> None:
+        del self._services[task_id]
+        self._stops.pop(task_id, None)
+        grant.release()
+
+    async def _serve(
+        self, run: _Run, place: Place, work: asyncio.Task[Outcome], ttl_s: float | None
+    ) -> None:
+        task_id = run.task.task_id
+        waiting: list[asyncio.Future[Any]] = [work, run.stop.asked]
+        await asyncio.wait(waiting, timeout=ttl_s, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            _log.info("service of task %s: stopping", task_id)
+            await self._stop(run, place, work)
+        elif not work.cancelled() and (error := work.exception()) is not None:
+            _log.error("service of task %s ended: %s", task_id, error)
+
+    # Tasks that a task starts.
+
+    async def _run_child(self, parent: _Run, spec: Mapping[str, Any]) -> Outcome:
+        """Run a task within its parent's slot, devices, deadline and cancel."""
         parent.children += 1
         number = parent.children
         child = parse_task({"spec": spec}, task_id=f"{parent.task.task_id}-child-{number}")
+        info = self._resolve(child)
+        if info.name in parent.inline and Capability.CONCURRENT not in info.capabilities:
+            raise PluginError(
+                f"executor {info.name!r} runs one task at a time and would wait for itself"
+            )
         folder = parent.attempt.folder / "children" / str(number)
         (folder / "logs").mkdir(parents=True)
         attempt = Attempt(task_id=child.task_id, number=1, folder=folder, final=folder)
-        engines = parent.engines | {info.name}
-        run = _Run(child, attempt, parent.deadline, engines=engines)
-        wanted = self._registry.resolve(child.task_type, child.spec)
-        if wanted.name in engines and Capability.CONCURRENT not in wanted.capabilities:
-            raise PluginError(
-                f"executor {wanted.name!r} runs one task at a time and would wait for itself"
-            )
-        outcome: Outcome = await self._bound_to(parent, self._run(run), run)
-        return outcome
+        where = f"task {child.task_id}"
+        reservation = attrs.evolve(
+            parent.reservation, request=parse_resources(child.common.resources, where=where)
+        )
+        self.admit([child.task_id])
+        stop = self._stops[child.task_id]
+        limit_s = child.common.timeout_s
+        ends = [parent.deadline, None if limit_s is None else time.monotonic() + limit_s]
+        deadline = min((end for end in ends if end is not None), default=None)
+        run = self._begin(child, attempt, reservation, deadline, stop, parent.inline)
+        try:
+            return await self._bound_to(parent, self._run(run), stop)
+        finally:
+            self.dismiss([child.task_id])
 
     async def _bound_to(
-        self, parent: _Run, work: Coroutine[Any, Any, Outcome], run: _Run
+        self, parent: _Run, work: Coroutine[Any, Any, Outcome], stop: _Stop
     ) -> Outcome:
         """Run a child that is cancelled with its parent."""
         task = asyncio.ensure_future(work)
-        waiting: list[asyncio.Future[Any]] = [task, parent.stop]
+        waiting: list[asyncio.Future[Any]] = [task, parent.stop.asked]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            self.cancel(run.task.task_id, parent.reason, retriable=parent.retriable)
+            stop.ask(parent.stop.reason, retriable=parent.stop.retriable)
         return await task
 
     async def close(self) -> None:
         """End services and unload every engine."""
-        for service in list(self._services):
-            service.cancel()
+        for task_id in list(self._services):
+            self.cancel(task_id, "the worker is stopping")
         if self._services:
-            await asyncio.wait(self._services, timeout=_STOP_GRACE_S)
+            await asyncio.wait(list(self._services.values()))
         for place in self._places.values():
             await place.close()
 
 
+def _priority(task: Task) -> int:
+    value = task.spec.get("priority")
+    if isinstance(value, int):
+        return value
+    if value is not None:
+        _log.warning(
+            "task %s: spec.priority %r is no whole number, taken as 0", task.task_id, value
+        )
+    return 0
+
+
 def _resolve_threadsafe(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[RunResult], result: RunResult
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any
 ) -> None:
     def resolve() -> None:
         if not future.done():
@@ -347,14 +548,10 @@ def _resolve_threadsafe(
 
 
 def _as_error(run: _Run, exc: Exception) -> FlowmeshError:
-    if isinstance(exc, FlowmeshError):
-        return exc
-    with contextlib.suppress(OSError):
-        run.log("error", "".join(traceback.format_exception(exc)))
-    _log.debug("task %s: executor raised", run.task.task_id, exc_info=exc)
-    # What the machine did may pass; what the code or the document did will not.
-    retriable = isinstance(exc, (OSError, MemoryError))
-    return ExecutionError(f"{type(exc).__name__}: {exc}", retriable=retriable)
+    if not isinstance(exc, FlowmeshError):
+        run.log.line("error", "".join(traceback.format_exception(exc)))
+        _log.debug("task %s: executor raised", run.task.task_id, exc_info=exc)
+    return as_execution_error(exc)
 
 
 def _masked(outcome: Outcome, mask: SecretMask) -> Outcome:

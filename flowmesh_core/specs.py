@@ -6,20 +6,24 @@ an unknown key in a block is refused with the nearest name, and another engine's
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AliasChoices,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     field_validator,
     model_validator,
 )
 
-from flowmesh_core.validation import StrictBlock
+from flowmesh_core.validation import StrictBlock, show_value
 
 __all__ = [
     "Adapter",
@@ -37,6 +41,8 @@ __all__ = [
     "ModelSource",
     "Postprocess",
     "ResponseFormat",
+    "ServeParams",
+    "ServeResult",
     "ServeSpec",
     "TaskSpec",
     "Usage",
@@ -44,6 +50,9 @@ __all__ = [
 ]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+_HEADER_TEXT = re.compile(r"[!-~]+")
 
 
 def _number_as_text(value: Any) -> Any:
@@ -301,11 +310,83 @@ class EmbeddingResult(OpenBlock):
     usage: Usage
 
 
-class ServeSpec(InferenceSpec):
-    """Spec of ``serve``: an OpenAI-compatible endpoint; port 0 takes a free one."""
+class ServeParams(StrictBlock):
+    """``serve``: where an endpoint listens, for how long and for whom.
+
+    Attributes:
+        host: IP address or name to listen on.
+        port: 0 takes a free one.
+        ttl_s: Seconds for which it stays once it is ready; without it, until it is stopped.
+        api_key: What requests must bring as ``Authorization: Bearer``; ``${env.NAME}`` keeps it
+            out of the document.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
+    ttl_s: float | None = Field(default=None, gt=0, le=1e9)
+    api_key: SecretStr | None = None
+
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, value: str) -> str:
+        if not (_is_ip(value) or _HOST_NAME.fullmatch(value)):
+            raise ValueError(
+                "must be an IP address or a host name, without scheme and port, got "
+                + show_value(value)
+            )
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _HEADER_TEXT.fullmatch(value.get_secret_value()):
+            raise ValueError("must be visible ASCII characters without blanks or a line end")
+        return value
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the endpoint."""
+        if _is_ip(self.host):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+class ServeSpec(TaskSpec):
+    """Spec of ``serve``: a model behind an OpenAI-compatible endpoint.
+
+    A block ``inference`` is not read: each request brings its own sampling.
+    """
+
+    model: Model = Field(default_factory=Model)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    serve: ServeParams = Field(default_factory=ServeParams)
+
+    @field_validator("model", "checkpoint", "serve", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class ServeResult(OpenBlock):
+    """Result of ``serve``, reported once the endpoint has answered a request.
+
+    ``endpoint`` is the base URL that OpenAI's clients take, ``model`` the id to ask for, ``pid``
+    the process on the worker; ``expires_at`` is null when the endpoint stays until it is stopped.
+    """
+
+    ok: Literal[True] = True
+    endpoint: str
+    model: str
+    pid: int
+    expires_at: AwareDatetime | None = None
 
 
 def refuse_fields(block: BaseModel, names: Iterable[str], *, engine: str) -> None:

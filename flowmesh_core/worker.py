@@ -20,10 +20,12 @@ from flowmesh_core.artifacts.network import NetworkPolicy
 from flowmesh_core.artifacts.pipeline import ArtifactPipeline
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import (
+    CANCEL,
     Envelope,
     Task,
     check_task_id,
     find_task_id,
+    parse_control,
     parse_envelope,
     parse_message,
 )
@@ -39,11 +41,13 @@ from flowmesh_core.events import TASK_STARTED, TASK_SUCCEEDED, TaskEvent, task_p
 from flowmesh_core.executor import Outcome
 from flowmesh_core.ledger import Finished, TaskLedger, Verdict
 from flowmesh_core.merge import failure_document, share_out
+from flowmesh_core.places.base import PlaceContext
 from flowmesh_core.plugins import Plugins, load_driver, load_plugins
 from flowmesh_core.presence import Presence
-from flowmesh_core.runner import Runner
+from flowmesh_core.resources import ResourceLedger
+from flowmesh_core.runner import Reservation, Runner, RunnerEvents
 from flowmesh_core.stores.base import Store
-from flowmesh_core.telemetry.probes import GpuReader
+from flowmesh_core.telemetry.probes import GpuReader, usable_cores, usable_memory_bytes
 from flowmesh_core.transports.base import Delivery, Transport
 from flowmesh_core.wire import utc_now
 
@@ -58,8 +62,9 @@ class _Report:
     """What the events of one dispatch say."""
 
     envelope: Envelope
-    started_at: str
-    started: float
+    started_at: str = attrs.field(factory=utc_now)
+    started: float = attrs.field(factory=time.monotonic)
+    begun: bool = False
 
     def payload(self) -> dict[str, Any]:
         return task_payload(
@@ -107,16 +112,16 @@ class Worker:
         self.folders = TaskFolders(settings.results_dir, settings.allowed_dirs)
         self.dropped = 0
         gpus = GpuReader(visible_devices=settings.visible_devices)
-        self._devices = tuple(str(gpu.index) for gpu in gpus.list_gpus())
-        self.registry = self.plugins.build_registry(settings, gpu_count=len(self._devices))
+        self._gpus = gpus.list_gpus()
+        self.registry = self.plugins.build_registry(settings, gpu_count=len(self._gpus))
         self._presence = Presence(
-            settings, self.transport, self.plugins, gpus=gpus if self._devices else None
+            settings, self.transport, self.plugins, gpus=gpus if self._gpus else None
         )
         self._stores: dict[str, Store] = {}
         self._artifacts = ArtifactPipeline(self._store_for, fsync=settings.fsync)
         self._ledger = TaskLedger()
         self._handling: set[asyncio.Task[None]] = set()
-        self._in_hand = asyncio.Semaphore(2 * settings.max_concurrent_tasks)
+        self._concluding = asyncio.Semaphore(settings.max_concurrent_tasks)
         self._draining = False
         self._hurry = asyncio.Event()
         # Made in `run`: it belongs to the event loop.
@@ -128,26 +133,42 @@ class Worker:
         Raises:
             TransportError: The transport can never work with these settings.
         """
-        self._runner = Runner(
-            self.settings,
-            self.plugins,
-            self.registry,
-            Fetcher(
-                policy=NetworkPolicy.from_settings(self.settings), results_dir=self.folders.root
-            ),
-            devices=self._devices,
-            on_progress=self._presence.say_progress,
-        )
+        self._runner = self._build_runner()
         try:
             # Subscribed first, announced second: nothing dispatched to us can be missed.
             await self.transport.open()
             if not self._draining:
                 await self._presence.announce()
             async for delivery in self.transport.deliveries():
-                self._receive(delivery)
+                if delivery.control:
+                    self._obey(delivery)
+                else:
+                    self._receive(delivery)
             await self._drain()
         finally:
             await self._leave()
+
+    def _build_runner(self) -> Runner:
+        settings = self.settings
+        return Runner(
+            settings,
+            self.plugins,
+            self.registry,
+            Fetcher(policy=NetworkPolicy.from_settings(settings), results_dir=self.folders.root),
+            ledger=ResourceLedger(
+                settings.max_concurrent_tasks, usable_cores(), usable_memory_bytes(), self._gpus
+            ),
+            places=PlaceContext(
+                settings=settings,
+                load_class=self.registry.load_class,
+                folder=self.folders.worker_log(settings.worker_id).parent,
+                plugin_files=self.plugins.files,
+                pythons=self.plugins.pythons,
+            ),
+            events=RunnerEvents(
+                on_progress=self._presence.say_progress, on_output=self._presence.say_output
+            ),
+        )
 
     def stop(self) -> None:
         """Stop taking tasks; ``run`` returns when those in hand have ended.
@@ -160,10 +181,28 @@ class Worker:
         self.transport.stop_receiving()
 
     def cancel(self, task_id: str, reason: str = "cancelled") -> bool:
-        """Ask a running task to stop; return whether it was running."""
+        """Ask a task to stop, or never to start; return whether it is here."""
         return self._runner.cancel(task_id, reason)
 
+    @property
+    def services(self) -> Mapping[str, asyncio.Task[None]]:
+        """Services that are up, by the id of the task that started each."""
+        return self._runner.services
+
     # Receive and parse.
+
+    def _obey(self, delivery: Delivery) -> None:
+        """Do what came on the control channel."""
+        try:
+            control = parse_control(delivery.body)
+        except ContractError as exc:
+            _log.warning("%s", exc)
+            return
+        if control.type != CANCEL:
+            _log.info("told to drain: %s", control.reason or "no reason given")
+            self.stop()
+        elif not self.cancel(control.task_id, control.reason or "cancelled"):
+            _log.info("task %s is not here; nothing to cancel", control.task_id)
 
     def _receive(self, delivery: Delivery) -> None:
         envelope = self._read(delivery.body)
@@ -171,6 +210,7 @@ class Worker:
             return
         verdict, finished = self._ledger.accept(envelope)
         if verdict is Verdict.RUN:
+            self._runner.admit(member.task_id for member in envelope.tasks)
             task = asyncio.ensure_future(self._handle(envelope))
             self._handling.add(task)
             task.add_done_callback(self._handling.discard)
@@ -219,34 +259,50 @@ class Worker:
 
     async def _handle(self, envelope: Envelope) -> None:
         """Take one dispatch from its envelope to its last event."""
-        report = _Report(envelope, utc_now(), time.monotonic())
+        report = _Report(envelope)
         result: Mapping[str, Any] | None = None
-        # A task is written and delivered while the next one has its slot already.
-        async with self._in_hand:
+        try:
+            run = await self._run_reserved(report)
+            # A task is written and delivered while the next one has its slot already.
             try:
-                async with self._runner.slot():
-                    self._begin(report)
-                    run = await self._execute(envelope)
                 result = await self._conclude(envelope, run)
                 await self._artifacts.deliver(envelope.task, result)
-            except FlowmeshError as exc:
-                self._end(report, exc, result if isinstance(exc, UploadError) else None)
-            except Exception as exc:  # noqa: BLE001 - nothing that arrives ends the worker
-                _log.exception("task %s: unexpected failure", envelope.task.task_id)
-                self._end(report, ExecutionError(f"{type(exc).__name__}: {exc}"), None)
-            else:
-                self._end(report, None, None)
+            finally:
+                self._concluding.release()
+        except FlowmeshError as exc:
+            self._end(report, exc, result if isinstance(exc, UploadError) else None)
+        except Exception as exc:  # noqa: BLE001 - nothing that arrives ends the worker
+            _log.exception("task %s: unexpected failure", envelope.task.task_id)
+            self._end(report, ExecutionError(f"{type(exc).__name__}: {exc}"), None)
+        else:
+            self._end(report, None, None)
+        self._runner.dismiss(task.task_id for task in envelope.tasks)
         self._presence.say_status(full=self._runner.full, last_task=envelope.task.task_id)
 
+    async def _run_reserved(self, report: _Report) -> _GroupRun:
+        """Run with what the task needs; when it returns, the caller may conclude.
+
+        Raises:
+            FlowmeshError: The leader failed.
+        """
+        envelope = report.envelope
+        async with self._runner.reserve(envelope.task) as reservation:
+            self._begin(report)
+            run = await self._execute(envelope, reservation)
+            # As many as run may be concluded; when delivery is slow, tasks keep their slots.
+            await self._concluding.acquire()
+        return run
+
     def _begin(self, report: _Report) -> None:
+        report.begun = True
         report.started, report.started_at = time.monotonic(), utc_now()
         task_id = report.envelope.task.task_id
         self._presence.say_status(full=self._runner.full, task_id=task_id)
         event = TaskEvent(type=TASK_STARTED, task_id=task_id, payload=report.payload())
         self._presence.say(event)
 
-    async def _execute(self, envelope: Envelope) -> _GroupRun:
-        """Run the leader, then its members; needs the slot.
+    async def _execute(self, envelope: Envelope, reservation: Reservation) -> _GroupRun:
+        """Run the leader, then its members, within one reservation.
 
         Raises:
             FlowmeshError: The leader failed.
@@ -256,13 +312,13 @@ class Worker:
         if self._ledger.find_undelivered(envelope) is not None:
             return {}
         leader = envelope.task
-        run: _GroupRun = {leader.task_id: await self._run(leader)}
+        run: _GroupRun = {leader.task_id: await self._run(leader, reservation)}
         error = run[leader.task_id][1].error
         if error is not None:
             raise error
         for child in envelope.children:
             try:
-                run[child.task_id] = await self._run(child)
+                run[child.task_id] = await self._run(child, reservation)
             except FlowmeshError as exc:
                 run[child.task_id] = (None, Outcome(error=exc))
         return run
@@ -278,10 +334,10 @@ class Worker:
             outcome = attrs.evolve(outcome, result={**outcome.result, "children": children})
         return await self._artifacts.finish(leader, _folder_of(leader, attempt), outcome)
 
-    async def _run(self, task: Task) -> tuple[Attempt | None, Outcome]:
+    async def _run(self, task: Task, reservation: Reservation) -> tuple[Attempt | None, Outcome]:
         self._store_for(task.destination.type)
         attempt = self.folders.begin(task.task_id, task.destination)
-        return attempt, await self._runner.run(task, attempt)
+        return attempt, await self._runner.run(task, attempt, reservation)
 
     async def _conclude_children(self, envelope: Envelope, run: _GroupRun) -> dict[str, Any]:
         """Write and deliver each member on its own; return their results."""
@@ -326,6 +382,8 @@ class Worker:
     def _end(
         self, report: _Report, error: FlowmeshError | None, undelivered: Mapping[str, Any] | None
     ) -> None:
+        if not report.begun:
+            self._begin(report)
         envelope = report.envelope
         task_id = envelope.task.task_id
         payload = report.final_payload()

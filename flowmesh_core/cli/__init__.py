@@ -18,6 +18,7 @@ _COMMANDS = {
     "check": "Explain what is wrong with a workflow, without running it.",
     "worker": "Take tasks from the queue until stopped.",
     "plugins": "Show which plugins and executors are installed.",
+    "env": "Build and list further virtual environments for plugins.",
 }
 
 

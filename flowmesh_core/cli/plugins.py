@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +11,7 @@ import click
 if TYPE_CHECKING:  # loaded when the command runs
     from flowmesh_core.plugins import PluginReport
 
-__all__ = ["command"]
+__all__ = ["command", "print_table"]
 
 
 @click.group("plugins")
@@ -26,12 +27,16 @@ def list_plugins(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([report.to_dict() for report in reports], indent=2))
         return
-    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "STATE", "SERVES")]
-    rows += [_row(report) for report in reports]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    rows = [("PLUGIN", "DISTRIBUTION", "VERSION", "ENVIRONMENT", "STATE", "SERVES")]
+    print_table([*rows, *map(_row, reports)])
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of equal length, the first of which holds the headings, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)]
-        click.echo("  ".join([*cells, row[4]]).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
 
 
 @command.command("show")
@@ -41,9 +46,10 @@ def show(name: str, as_json: bool) -> None:
     """Show all that the plugin NAME declares."""
     from flowmesh_core.errors import PluginError
 
-    found = [report for report in _load() if report.name == name]
+    reports = _load()
+    found = [report for report in reports if report.name == name]
     if not found:
-        known = ", ".join(sorted(report.name for report in _load()))
+        known = ", ".join(sorted(report.name for report in reports))
         raise PluginError(f"plugin {name!r} is not installed; installed are {known}")
     for report in found:
         data = report.to_dict()
@@ -64,19 +70,19 @@ def _load() -> tuple[PluginReport, ...]:
     return load_plugins(settings).reports
 
 
-def _row(report: PluginReport) -> tuple[str, str, str, str, str]:
+def _row(report: PluginReport) -> Sequence[str]:
     serves = "; ".join(
         f"{info.name} ({', '.join(sorted(info.task_types))}){_lack(info)}"
         for info in report.executors
     )
-    state = report.state.value
-    return (report.name, report.distribution, report.version, state, serves or report.reason)
+    where, state = report.environment, report.state.value
+    return (report.name, report.distribution, report.version, where, state, serves or report.reason)
 
 
 def _lack(info: Any) -> str:
-    from flowmesh_core.plugins import is_importable
+    from flowmesh_core.plugins import missing_packages
 
-    missing = [name for name in info.needs if not is_importable(name)]
+    missing = missing_packages(info)
     return f" needs {', '.join(missing)}: {info.install}" if missing else ""
 
 

@@ -66,7 +66,9 @@ def command(
     if problems:
         raise ContractError(problems, where=str(file))
     progress = Progress(workflow, quiet=as_json)
-    run = LocalRun(workflow, settings, plugins, on_event=progress.note)
+    run = LocalRun(
+        workflow, settings, plugins, on_event=progress.note, on_serving=_announce_services
+    )
     with progress:
         reports, interrupted = run_main(_run(run))
     if as_json:
@@ -94,6 +96,12 @@ async def _run(run: LocalRun) -> tuple[Sequence[StageReport], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
     return await run.run(), interrupts > 0
+
+
+def _announce_services(reports: Sequence[StageReport]) -> None:
+    for report in reports:
+        what = report.result.get("endpoint", "a service")
+        click.echo(f"{report.name}: {what} is up until Ctrl-C, or the end of its time", err=True)
 
 
 def _as_json(report: StageReport) -> dict[str, Any]:

@@ -3,39 +3,112 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import attrs
+
+from flowmesh_core.config import Settings
 from flowmesh_core.executor import Executor, ExecutorInfo, Outcome, RunContext
+from flowmesh_core.task_log import TaskLog
+from flowmesh_core.wire import encode_json
 
-__all__ = ["Place"]
+__all__ = ["Job", "Place", "PlaceContext", "engine_key"]
+
+
+@attrs.frozen(kw_only=True)
+class PlaceContext:
+    """What every place is told about the worker.
+
+    Attributes:
+        settings: The operator's decisions.
+        load_class: Imports an executor's class into this process.
+        folder: The worker's own folder, for logs that belong to no task.
+        plugin_files: Single-file plugins, to be loaded wherever executors run.
+        pythons: Interpreter of each further virtual environment, by its name.
+    """
+
+    settings: Settings
+    load_class: Callable[[ExecutorInfo], type[Executor]]
+    folder: Path
+    plugin_files: tuple[Path, ...] = ()
+    pythons: Mapping[str, Path] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """One task on its way through a place.
+
+    Attributes:
+        info: The executor that serves it.
+        spec: Plain data, secrets resolved; a place in another process validates it there.
+        ctx: What the executor is told; its callbacks may be called from any thread.
+        log: Takes what the executor's process prints.
+        memory_bytes: Most host memory that all its processes may use together, or None.
+        gpu_memory_bytes: Memory that it wants on each of its GPUs, or None.
+    """
+
+    info: ExecutorInfo
+    spec: Mapping[str, Any]
+    ctx: RunContext
+    log: TaskLog
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
 
 
 class Place(abc.ABC):
     """One per worker and place name; called from the worker's event loop.
 
     Args:
-        load_class: Imports an executor's class.
+        context: The worker that it belongs to.
     """
 
-    def __init__(self, load_class: Callable[[ExecutorInfo], type[Executor]]) -> None:
-        self.load_class = load_class
+    def __init__(self, context: PlaceContext) -> None:
+        self.context = context
 
-    async def stage_in(self, paths: Sequence[Path]) -> None:  # noqa: B027 - shared file system
-        """Bring local paths to where the executor runs; nothing to do on one machine."""
+    async def stage_in(self, paths: Sequence[Path]) -> Mapping[Path, Path]:
+        """Bring local paths to where the executor runs; return where each lies there.
+
+        Called before ``run`` with the attempt's folder first, then whatever the task reads. On
+        one machine every path stays where it is.
+        """
+        return {path: path for path in paths}
 
     async def collect(self, folder: Path) -> None:  # noqa: B027 - shared file system
-        """Bring what the executor wrote back into the attempt's folder."""
+        """Bring what the executor wrote back; comes after ``run``, also when that raised."""
 
     @abc.abstractmethod
-    async def run(self, info: ExecutorInfo, ctx: RunContext) -> Outcome:
+    async def run(self, job: Job) -> Outcome:
         """Run one task on the engine of its key, loading it first when it is not warm.
 
         Raises:
             Exception: Whatever the executor raised.
-            asyncio.CancelledError: The task was cancelled; the place has told the executor.
+            asyncio.CancelledError: The caller gave the task up; when it is raised, what the task
+                had started has ended, as far as the place can see to that.
         """
+
+    def stop(self, task_id: str) -> None:  # noqa: B027 - where the executor sees ctx.cancelled
+        """Ask the executor to stop; ``ctx.cancelled`` is true already. Never blocks."""
 
     @abc.abstractmethod
     async def close(self) -> None:
         """Unload every engine; may come twice."""
+
+
+def engine_key(info: ExecutorInfo, spec: Mapping[str, Any]) -> str:
+    """Return the text on which tasks must agree to share a loaded engine."""
+    return encode_json([_value_at(spec, path) for path in info.engine_key]).decode()
+
+
+def _value_at(spec: Mapping[str, Any], path: str) -> Any:
+    value: Any = spec
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return _sorted(value)
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value

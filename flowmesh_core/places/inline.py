@@ -10,37 +10,18 @@ import asyncio
 import contextvars
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from flowmesh_core.errors import ExecutionError
 from flowmesh_core.executor import Capability, Executor, ExecutorInfo, Outcome, RunContext
-from flowmesh_core.places.base import Place
-from flowmesh_core.wire import encode_json
+from flowmesh_core.places.base import Job, Place, PlaceContext, engine_key
+from flowmesh_core.places.settle import as_execution_error, as_outcome
 
-__all__ = ["InlinePlace", "engine_key"]
+__all__ = ["InlinePlace"]
 
 _log = logging.getLogger(__name__)
-
-
-def engine_key(info: ExecutorInfo, spec: Mapping[str, Any]) -> str:
-    """Return the text on which tasks must agree to share a loaded engine."""
-    return encode_json([_value_at(spec, path) for path in info.engine_key]).decode()
-
-
-def _value_at(spec: Mapping[str, Any], path: str) -> Any:
-    value: Any = spec
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return _sorted(value)
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
 class _AbandonedError(asyncio.CancelledError):
@@ -65,12 +46,13 @@ class _Engine:
 class InlinePlace(Place):
     """Runs executors in this process."""
 
-    def __init__(self, load_class: Callable[[ExecutorInfo], type[Executor]]) -> None:
-        super().__init__(load_class)
+    def __init__(self, context: PlaceContext) -> None:
+        super().__init__(context)
         self._engines: dict[tuple[str, str], _Engine] = {}
 
-    async def run(self, info: ExecutorInfo, ctx: RunContext) -> Outcome:
+    async def run(self, job: Job) -> Outcome:
         """Run one task; tasks of one engine take turns unless it is CONCURRENT."""
+        info, ctx = job.info, job.ctx
         key = (info.name, engine_key(info, ctx.raw_spec))
         engine = self._engines.get(key)
         if engine is None:
@@ -82,7 +64,7 @@ class InlinePlace(Place):
             engine.executor = None
             raise
         except SystemExit as exc:
-            raise ExecutionError(f"the executor tried to end the process: {exc!r}") from exc
+            raise as_execution_error(exc) from exc
         finally:
             engine.users -= 1
 
@@ -102,7 +84,7 @@ class InlinePlace(Place):
 
     async def _load(self, info: ExecutorInfo, ctx: RunContext) -> Executor:
         # The import may take seconds, and the loop has other tasks.
-        executor = await asyncio.to_thread(lambda: self.load_class(info)(ctx.settings))
+        executor = await asyncio.to_thread(lambda: self.context.load_class(info)(ctx.settings))
         if type(executor).load is not Executor.load:
             try:
                 await _on_thread(executor, executor.load, ctx)
@@ -162,12 +144,4 @@ async def _answer(executor: Executor, ctx: RunContext) -> Any:
 
 
 async def _call(executor: Executor, ctx: RunContext) -> Outcome:
-    answer = await _answer(executor, ctx)
-    if isinstance(answer, Outcome):
-        return answer
-    if isinstance(answer, Mapping):
-        return Outcome(result=answer)
-    raise ExecutionError(
-        f"executor {type(executor).__name__} must return a mapping or an Outcome, "
-        f"got {type(answer).__name__}"
-    )
+    return as_outcome(executor, await _answer(executor, ctx))

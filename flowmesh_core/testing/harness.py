@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from flowmesh_core.config import Settings, load_settings
 from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.executor import Executor, ExecutorInfo, Outcome
-from flowmesh_core.plugins import ExecutorRegistry, load_plugins
-from flowmesh_core.runner import Runner
+from flowmesh_core.places.base import PlaceContext
+from flowmesh_core.plugins import ExecutorRegistry, Plugins, load_plugins
+from flowmesh_core.resources import ResourceLedger
+from flowmesh_core.runner import Runner, RunnerEvents
+from flowmesh_core.telemetry.probes import usable_cores, usable_memory_bytes
 
 __all__ = ["TaskRun", "run_task"]
 
@@ -60,8 +63,11 @@ def run_task(
     folder: Path | None = None,
     settings: Settings | None = None,
     task_id: str = "task",
+    plugin_files: Sequence[Path] = (),
 ) -> TaskRun:
-    """Run one task in this process: same validation, inputs, limits and masking as on a worker.
+    """Run one task as on a worker: same validation, inputs, limits, masking and places.
+
+    A class runs in this process, an installed executor in a child when it declares so.
 
     Args:
         executor: A class, or the name of an installed executor.
@@ -70,10 +76,12 @@ def run_task(
         folder: Where the attempt's folder is made; a temporary one by default.
         settings: The operator's decisions; defaults without the environment.
         task_id: A plain name.
+        plugin_files: Single-file plugins, whose executors count as installed.
     """
     root = Path(tempfile.mkdtemp(prefix="flowmesh-")) if folder is None else folder
     chosen = load_settings({}, results_dir=root) if settings is None else settings
-    return asyncio.run(_run(executor, dict(spec), info, chosen, root, task_id))
+    plugins = load_plugins(chosen, files=plugin_files)
+    return asyncio.run(_run(executor, dict(spec), info, chosen, root, task_id, plugins))
 
 
 async def _run(
@@ -83,10 +91,12 @@ async def _run(
     settings: Settings,
     root: Path,
     task_id: str,
+    plugins: Plugins,
 ) -> TaskRun:
-    plugins = load_plugins(settings)
     registry = ExecutorRegistry(plugins.executors)
     if isinstance(executor, str):
+        declared = [info for info in registry.infos if info.name == executor]
+        spec.setdefault("taskType", min(declared[0].task_types) if declared else executor)
         spec.setdefault("executor", executor)
     else:
         info = info or _bare_info(executor, spec)
@@ -94,17 +104,32 @@ async def _run(
         spec.setdefault("executor", info.name)
         registry.register(info, executor)
     progress: list[Mapping[str, Any]] = []
+    folders = TaskFolders(root)
     runner = Runner(
         settings,
         plugins,
         registry,
         Fetcher(policy=NetworkPolicy.from_settings(settings), results_dir=root),
-        on_progress=lambda _task_id, values: progress.append(values),
+        ledger=ResourceLedger(1, usable_cores(), usable_memory_bytes(), ()),
+        places=PlaceContext(
+            settings=settings,
+            load_class=registry.load_class,
+            folder=folders.worker_log(settings.worker_id).parent,
+            plugin_files=plugins.files,
+            pythons=plugins.pythons,
+        ),
+        events=RunnerEvents(
+            on_progress=lambda _task_id, values: progress.append(values), progress_interval_s=0.0
+        ),
     )
     task = parse_task({"spec": spec}, task_id=task_id)
-    attempt = TaskFolders(root).begin(task_id, task.destination)
+    attempt = folders.begin(task_id, task.destination)
+    runner.admit([task_id])
     try:
-        outcome = await runner.run(task, attempt)
+        async with runner.reserve(task) as reservation:
+            outcome = await runner.run(task, attempt, reservation)
+    except FlowmeshError as exc:
+        outcome = Outcome(error=exc)
     finally:
         await runner.close()
     return TaskRun(outcome=outcome, folder=attempt.folder, progress=tuple(progress))

@@ -57,7 +57,7 @@ def test_a_worker_listens_before_it_says_that_it_is_there(
             assert registered.wait(20), commands
         thread.join(10)
     order = [command.split()[0] for command in commands]
-    assert commands[order.index("SUBSCRIBE")] == "SUBSCRIBE tasks"
+    assert commands[order.index("SUBSCRIBE")] == "SUBSCRIBE tasks workers.control:w1"
     assert order.index("SUBSCRIBE") < order.index("SADD") < order.index("PUBLISH")
 
 

@@ -393,7 +393,14 @@ from flowmesh_core import Executor, ExecutorInfo, hookimpl
 
 @hookimpl
 def flowmesh_register_executors():
-    return [ExecutorInfo(name="stubborn", task_types={"stubborn"}, target=f"{__name__}:Stubborn")]
+    return [
+        ExecutorInfo(
+            name="stubborn",
+            task_types={"stubborn"},
+            target=f"{__name__}:Stubborn",
+            places=["PLACE"],
+        )
+    ]
 
 class Stubborn(Executor):
     def run(self, ctx):
@@ -402,14 +409,15 @@ class Stubborn(Executor):
 """
 
 
+@pytest.mark.parametrize("place", ["inline", "process"])
 def test_an_executor_that_will_not_stop_does_not_keep_the_worker(
-    host: StandInOrchestrator, flowmesh_redis_url: str, tmp_path: Path
+    place: str, host: StandInOrchestrator, flowmesh_redis_url: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    (tmp_path / "stubborn.py").write_text(STUBBORN.replace("PLACE", place))
     with WorkerProcess(
         flowmesh_redis_url,
         tmp_path / "results",
-        environ={"FLOWMESH_DRAIN_TIMEOUT_S": "0"},
+        environ={"FLOWMESH_DRAIN_TIMEOUT_S": "0", "FLOWMESH_CANCEL_GRACE_S": "0.5"},
         arguments=("--plugin", str(tmp_path / "stubborn.py")),
     ) as worker:
         host.wait_workers(1)
@@ -417,7 +425,8 @@ def test_an_executor_that_will_not_stop_does_not_keep_the_worker(
         host.wait_for(lambda: ("TASK_STARTED", None) in types_of(host))
         worker.signal(signal.SIGTERM)
         assert worker.wait(30) == 0
-        assert "did not stop" in worker.stderr
+        # Only a thread of the worker itself cannot be ended.
+        assert ("did not stop" in worker.stderr) is (place == "inline")
     host.wait_for(lambda: ("UNREGISTER", None) in types_of(host))
     assert ("TASK_FAILED", None) in types_of(host)
 
@@ -442,8 +451,9 @@ def test_several_slots_run_at_once_and_stay_idle_while_one_is_free(
         flowmesh_redis_url, tmp_path / "results", environ=environ, arguments=_concurrent(tmp_path)
     ):
         host.wait_workers(1)
-        for name in ("one", "two"):
-            publish(client, task_id=name, task=echo(taskType="sleep", seconds=1.5))
+        publish(client, task_id="one", task=echo(taskType="sleep", seconds=1.5))
+        host.wait_for(lambda: ("TASK_STARTED", None) in types_of(host))
+        publish(client, task_id="two", task=echo(taskType="sleep", seconds=1.5))
         host.wait_for(lambda: types_of(host).count(("TASK_STARTED", None)) == 2)
         kinds = [step for step in types_of(host) if step[0] in ("STATUS", "TASK_STARTED")]
         assert kinds[1:5] == [
@@ -478,8 +488,8 @@ def flowmesh_heartbeat_fields():
 
 class Report(Executor):
     def run(self, ctx):
-        for step in range(3):
-            ctx.progress((step + 1) / 3, f"step {step}", loss=1.0 / (step + 1))
+        for step in range(300):
+            ctx.progress((step + 1) / 300, f"step {step}", loss=1.0 / (step + 1))
         return {"ok": True}
 """
 
@@ -499,7 +509,7 @@ def test_progress_goes_to_the_tasks_own_channel_and_nowhere_else(
         host.wait_task(task_id)
         said: list[dict[str, Any]] = []
         until = time.monotonic() + 10
-        while len(said) < 3:
+        while not said or said[-1]["payload"]["fraction"] < 1.0:
             assert time.monotonic() < until, said
             message = pubsub.get_message(timeout=0.2)
             if message:
@@ -508,9 +518,10 @@ def test_progress_goes_to_the_tasks_own_channel_and_nowhere_else(
         beat = host.wait_for(
             lambda: next((e for e in host.events if e.get("metrics", {}).get("queue")), None)
         )
-    assert [event["payload"]["message"] for event in said] == ["step 0", "step 1", "step 2"]
-    assert said[-1]["payload"]["fraction"] == 1.0
-    assert said[-1]["payload"]["loss"] == pytest.approx(1 / 3)
+    assert said[0]["payload"]["message"] == "step 0"
+    assert said[-1]["payload"]["message"] == "step 299"
+    assert said[-1]["payload"]["loss"] == pytest.approx(1 / 300)
+    assert len(said) < 30, "a few a second are enough"
     assert "TASK_PROGRESS" not in [kind for kind, _ in types_of(host)]
     assert isinstance(beat["metrics"]["uptime_sec"], float)
 

@@ -25,8 +25,9 @@ LAYERS = (
     "wire validation contract events config masking",
     "specs workflow templates rows data checkpoints models inputs executor hookspecs"
     " merge ledger echo",
+    "task_log task_progress",
     "plugins artifacts stores transports places telemetry",
-    "checking runner presence",
+    "checking resources runner presence",
     "worker",
     "local_run cli testing __main__",
 )
@@ -41,7 +42,7 @@ DOORS = {
     "zipfile": ("artifacts/",),
     "importlib.metadata": ("plugins.py",),
     "stevedore": ("plugins.py",),
-    "psutil": ("telemetry/", "testing/"),
+    "psutil": ("telemetry/", "places/", "testing/"),
     "pynvml": ("telemetry/",),
     "subprocess": ("places/", "testing/"),
     "click": ("cli/",),
@@ -56,7 +57,14 @@ DOORS = {
 ENVIRONMENT = ("config.py", "testing/fixtures.py", "testing/worker_process.py")
 PUBLIC = {"transports", "places", "stores", "workflow", "testing"}
 # The places that may catch everything; each says why beside it.
-CATCHERS = {"plugins.py", "places/inline.py", "runner.py", "telemetry/heartbeat.py", "worker.py"}
+CATCHERS = {
+    "plugins.py",
+    "places/child.py",
+    "places/inline.py",
+    "runner.py",
+    "telemetry/heartbeat.py",
+    "worker.py",
+}
 
 
 @attrs.frozen

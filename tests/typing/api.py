@@ -47,7 +47,7 @@ from flowmesh_core import (
     refuse_fields,
 )
 from flowmesh_core.events import TaskEvent
-from flowmesh_core.places.base import Place
+from flowmesh_core.places.base import Job, Place
 from flowmesh_core.stores.base import Store
 from flowmesh_core.testing import TaskRun, run_task
 from flowmesh_core.workflow import TaskOutcome, Workflow, advance, begin, expand_workflow
@@ -176,11 +176,11 @@ class FolderStore(Store):
 class HerePlace(Place):
     """A place of one's own."""
 
-    async def run(self, info: ExecutorInfo, ctx: RunContext) -> Outcome:
+    async def run(self, job: Job) -> Outcome:
         """Run."""
-        load: Callable[[ExecutorInfo], type[Executor]] = self.load_class
-        executor = load(info)(ctx.settings)
-        answer = executor.run(ctx)
+        load: Callable[[ExecutorInfo], type[Executor]] = self.context.load_class
+        executor = load(job.info)(job.ctx.settings)
+        answer = executor.run(job.ctx)
         return answer if isinstance(answer, Outcome) else Outcome()
 
     async def close(self) -> None:

@@ -11,7 +11,13 @@ import attrs
 import pytest
 from pydantic import BaseModel, Field, SecretStr, model_validator
 
-from flowmesh_core.config import Settings, load_plugin_settings, load_settings, read_environment
+from flowmesh_core.config import (
+    Settings,
+    child_environment,
+    load_plugin_settings,
+    load_settings,
+    read_environment,
+)
 from flowmesh_core.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -63,6 +69,14 @@ TABLE: list[tuple[str, str, Any, dict[str, Any], dict[str, str]]] = [
      dict.fromkeys(["0", "inf"], "a number above 0")),
     ("FLOWMESH_DRAIN_TIMEOUT_S", "drain_timeout_s", 30.0, {"0": 0.0},
      {"-1": "a number of at least 0"}),
+    ("FLOWMESH_CANCEL_GRACE_S", "cancel_grace_s", 5.0, {"0": 0.0},
+     dict.fromkeys(["-1", "soon"], "a number of at least 0")),
+    ("FLOWMESH_WARM_MAX", "warm_max", 4, {"0": 0, "9": 9},
+     dict.fromkeys(["-1", "1.5"], f"{NUMBER} 0")),
+    ("FLOWMESH_WARM_IDLE_S", "warm_idle_s", 600.0, {"0": 0.0, "1.5": 1.5},
+     dict.fromkeys(["-1", "x"], "a number of at least 0")),
+    ("FLOWMESH_TASK_LOG_MAX_BYTES", "task_log_max_bytes", 1 << 30, {"1024": 1024},
+     {"1023": f"{NUMBER} 1024"}),
     ("FLOWMESH_PREFER", "executor_preferences", {},
      {"inference=vllm, llamacpp; sft = trl;": {"inference": ("vllm", "llamacpp"),
                                                "sft": ("trl",)}, ";": {}},
@@ -77,6 +91,9 @@ TABLE: list[tuple[str, str, Any, dict[str, Any], dict[str, str]]] = [
     ("FLOWMESH_ONLY_PLUGINS", "only_plugins", (), {"a": ("a",)}, {}),
     ("FLOWMESH_DISABLE_PLUGINS", "disable_plugins", (), {"a,b": ("a", "b")}, {}),
     ("FLOWMESH_STRICT_PLUGINS", "strict_plugins", False, {"1": True}, {"": "", "ja": FLAG}),
+    ("FLOWMESH_ENVS", "envs_dir", None,
+     {"/data/e": Path("/data/e"), "~/e": Path.home() / "e"},
+     {"~no-such-user": "a folder; ~ must name a user of this machine"}),
     ("MODEL_ARCHIVE_USE_PIGZ", "archive_use_pigz", False, {"1": True}, {"auto": FLAG}),
     ("MODEL_ARCHIVE_COMPRESSION_LEVEL", "archive_level", None, {"0": 0, "9": 9},
      {"10": "0 to 9", "-1": "0 to 9"}),
@@ -314,3 +331,59 @@ def test_rule_for_variables_of_plugins_is_documented() -> None:
     text = DOCS.read_text("utf-8")
     assert "`FLOWMESH_<PLUGIN>_<FIELD>`" in text
     assert "`FLOWMESH_LLAMACPP_THREADS`" in text
+
+
+# The environment of a child.
+
+
+def test_a_child_keeps_what_programs_need_and_no_secret() -> None:
+    environ = {
+        "PATH": "/bin",
+        "LC_ALL": "C",
+        "CUDA_HOME": "/cuda",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HOME": "/hub",
+        "HF_TOKEN": "secret",
+        "ORCHESTRATOR_TOKEN": "secret",
+        "REDIS_URL": "redis://:secret@h",
+        "DATABASE_PASSWORD": "secret",
+        "ACME_HOME": "/acme",
+    }
+    kept = child_environment(plugin="x", environ=environ)
+    assert kept == {
+        "PATH": "/bin",
+        "LC_ALL": "C",
+        "CUDA_HOME": "/cuda",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HOME": "/hub",
+        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+
+
+def test_a_child_keeps_what_its_executor_declares_and_its_own_settings() -> None:
+    environ = {
+        "HF_TOKEN": "declared",
+        "ACME_MODE": "fast",
+        "ACME_TOKEN": "not by its whole name",
+        "FLOWMESH_ACME_TTS_TOKEN": "mine",
+        "FLOWMESH_OTHER_TOKEN": "not mine",
+    }
+    variables = ("HF_TOKEN", "ACME_*")
+    kept = child_environment(plugin="acme.tts", variables=variables, environ=environ)
+    assert kept.keys() & environ.keys() == {"HF_TOKEN", "ACME_MODE", "FLOWMESH_ACME_TTS_TOKEN"}
+
+
+def test_a_child_sees_the_devices_that_it_was_given_and_no_others() -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    kept = child_environment(plugin="x", devices=("1", "3"), environ=environ)
+    assert kept["CUDA_VISIBLE_DEVICES"] == "1,3"
+
+
+def test_a_child_with_another_python_does_not_see_this_ones_packages() -> None:
+    environ = {"PYTHONPATH": "/here", "VIRTUAL_ENV": "/venv", "PATH": "/bin"}
+    assert child_environment(plugin="x", environ=environ).keys() >= environ.keys()
+    assert not child_environment(plugin="x", foreign=True, environ=environ).keys() & {
+        "PYTHONPATH",
+        "VIRTUAL_ENV",
+    }

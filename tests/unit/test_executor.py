@@ -215,20 +215,38 @@ def test_progress_log_and_ready_reach_the_core_as_given() -> None:
     ctx = context(
         on_progress=seen.append,
         on_log=lambda level, text: seen.append((level, text)),
-        on_ready=seen.append,
+        on_ready=lambda result, ttl_s: seen.append((result, ttl_s)),
     )
     ctx.progress(0.5, "half", loss=1.5, step=3)
     ctx.progress(message="no idea")
     ctx.log("hello")
     ctx.log("careful", level="warning")
     ctx.ready({"url": "http://x"})
+    ctx.ready({"url": "http://x"}, ttl_s=60)
     assert seen == [
         {"fraction": 0.5, "message": "half", "loss": 1.5, "step": 3},
         {"fraction": None, "message": "no idea"},
         ("info", "hello"),
         ("warning", "careful"),
-        {"url": "http://x"},
+        ({"url": "http://x"}, None),
+        ({"url": "http://x"}, 60),
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "fraction"),
+    [
+        ({"step": 1, "total": 4}, 0.25),
+        ({"step": 5, "total": 4}, 1.0),
+        ({"step": 1, "total": 0}, None),
+        ({"step": 1}, None),
+        ({"fraction": 0.9, "step": 1, "total": 4}, 0.9),
+    ],
+)
+def test_step_and_total_give_the_fraction(fields: dict[str, Any], fraction: float | None) -> None:
+    seen: list[Mapping[str, Any]] = []
+    context(on_progress=seen.append).progress(**fields)
+    assert seen == [{"message": "", **fields, "fraction": fraction}]
 
 
 def test_context_that_nobody_listens_to_is_silent() -> None:
@@ -347,3 +365,16 @@ def test_executor_without_run_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="abstract"):
         Idle()  # type: ignore[abstract]
+
+
+# Across processes.
+
+
+def test_an_outcome_is_the_same_on_the_other_side() -> None:
+    outcome = Outcome(
+        result={"a": [1, {"b": None}]}, artifacts=[Artifact("x.bin"), Artifact("y", "exported")]
+    )
+    assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
+    failed = Outcome.from_dict(json.loads(json.dumps(Outcome(error=PluginError("no")).to_dict())))
+    assert isinstance(failed.error, PluginError)
+    assert str(failed.error) == "no"

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowmesh_core.config import load_settings
 from flowmesh_core.errors import ExecutionError, InputError
 from flowmesh_core.executor import Artifact, Executor, ExecutorInfo, Outcome, RunContext
-from flowmesh_core.places.inline import InlinePlace, engine_key
+from flowmesh_core.places.base import Job, PlaceContext, engine_key
+from flowmesh_core.places.inline import InlinePlace
 
 T = TypeVar("T")
 WAIT_S = 20
@@ -85,13 +87,24 @@ def task(model: Any = "a", *, settings: Any = None, **spec: Any) -> RunContext:
     )
 
 
+def context(cls: type[Executor]) -> PlaceContext:
+    return PlaceContext(
+        settings=load_settings({}), load_class=lambda _info: cls, folder=Path("unused")
+    )
+
+
+async def serve(place: InlinePlace, described: ExecutorInfo, ctx: RunContext) -> Outcome:
+    log: Any = None  # what an inline executor prints goes where the worker's output goes
+    return await place.run(Job(info=described, spec=ctx.raw_spec, ctx=ctx, log=log))
+
+
 def drive(
     work: Callable[[InlinePlace], Coroutine[Any, Any, T]], cls: type[Executor] = Recorded
 ) -> T:
     """Run with a place that is closed afterwards."""
 
     async def main() -> T:
-        place = InlinePlace(lambda _info: cls)
+        place = InlinePlace(context(cls))
         try:
             return await asyncio.wait_for(work(place), WAIT_S)
         finally:
@@ -102,7 +115,7 @@ def drive(
 
 
 def run_one(cls: type[Executor], ctx: RunContext | None = None) -> Outcome:
-    return drive(lambda place: place.run(info(), ctx or task()), cls)
+    return drive(lambda place: serve(place, info(), ctx or task()), cls)
 
 
 def made(body: Callable[[RunContext], Any], *, coroutine: bool) -> type[Executor]:
@@ -193,7 +206,7 @@ def test_sys_exit_in_an_executor_is_a_failed_task_and_the_loop_goes_on(
     cls: type[Executor],
 ) -> None:
     async def two(place: InlinePlace) -> list[Any]:
-        running = [asyncio.ensure_future(place.run(info(), task())) for _ in range(2)]
+        running = [asyncio.ensure_future(serve(place, info(), task())) for _ in range(2)]
         return await asyncio.gather(*running, return_exceptions=True)
 
     outcomes = drive(two, cls)
@@ -210,8 +223,8 @@ def test_an_unload_that_raises_is_logged_and_spoils_nothing(
             raise error
 
     async def switch(place: InlinePlace) -> Any:
-        await place.run(info(), task("a"))
-        return (await place.run(info(), task("b"))).result["key"]
+        await serve(place, info(), task("a"))
+        return (await serve(place, info(), task("b"))).result["key"]
 
     assert drive(switch, BadUnload) == "b"
     logged = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
@@ -223,13 +236,13 @@ def test_an_unload_that_raises_is_logged_and_spoils_nothing(
 
 def test_a_plain_run_and_all_loading_leave_the_loops_thread() -> None:
     here = threading.current_thread()
-    drive(lambda place: place.run(info(), task()))
+    drive(lambda place: serve(place, info(), task()))
     assert Recorded.events == ["new", "load a", "run a", "unload a"]
     assert here not in Recorded.threads
 
 
 def test_a_coroutine_runs_on_the_loop() -> None:
-    drive(lambda place: place.run(info(), task()), RecordedCoroutine)
+    drive(lambda place: serve(place, info(), task()), RecordedCoroutine)
     threads = dict(zip(Recorded.events, Recorded.threads, strict=True))
     assert threads["run a"] is threading.current_thread()
     assert threads["load a"] is not threading.current_thread()
@@ -239,7 +252,7 @@ def test_the_loop_lives_on_while_a_plain_run_blocks() -> None:
     released = threading.Event()
 
     async def both(place: InlinePlace) -> bool:
-        running = asyncio.ensure_future(place.run(info(), task()))
+        running = asyncio.ensure_future(serve(place, info(), task()))
         for _ in range(20):
             await asyncio.sleep(0.005)
         assert not running.done()
@@ -255,8 +268,8 @@ def test_the_loop_lives_on_while_a_plain_run_blocks() -> None:
 @pytest.mark.parametrize("cls", [Recorded, RecordedCoroutine])
 def test_tasks_of_one_key_share_a_warm_engine(cls: type[Executor]) -> None:
     async def work(place: InlinePlace) -> set[int]:
-        one_by_one = [await place.run(info(), task()) for _ in range(3)]
-        together = await asyncio.gather(*(place.run(info(), task(n=n)) for n in range(3)))
+        one_by_one = [await serve(place, info(), task()) for _ in range(3)]
+        together = await asyncio.gather(*(serve(place, info(), task(n=n)) for n in range(3)))
         return {outcome.result["engine"] for outcome in (*one_by_one, *together)}
 
     assert len(drive(work, cls)) == 1
@@ -268,7 +281,7 @@ def test_tasks_of_one_key_share_a_warm_engine(cls: type[Executor]) -> None:
 def test_another_key_unloads_the_engine_before_it_loads_its_own() -> None:
     async def switch(place: InlinePlace) -> None:
         for model in ("a", "b", "a"):
-            await place.run(info(), task(model))
+            await serve(place, info(), task(model))
 
     drive(switch)
     assert Recorded.events == [
@@ -280,9 +293,9 @@ def test_another_key_unloads_the_engine_before_it_loads_its_own() -> None:
 
 def test_another_executor_keeps_its_engine() -> None:
     async def work(place: InlinePlace) -> None:
-        await place.run(info("x"), task("a"))
-        await place.run(info("y"), task("b"))
-        await place.run(info("x"), task("a"))
+        await serve(place, info("x"), task("a"))
+        await serve(place, info("y"), task("b"))
+        await serve(place, info("x"), task("a"))
 
     drive(work)
     assert Recorded.events.count("load a") == 1
@@ -299,9 +312,9 @@ def test_an_engine_in_use_is_not_unloaded_for_another_key() -> None:
             return super().run(ctx)
 
     async def work(place: InlinePlace) -> list[Outcome]:
-        first = asyncio.ensure_future(place.run(info(), task("a")))
+        first = asyncio.ensure_future(serve(place, info(), task("a")))
         await asyncio.to_thread(started.wait, WAIT_S)
-        other = await place.run(info(), task("b"))
+        other = await serve(place, info(), task("b"))
         assert "unload a" not in Recorded.events
         released.set()
         return [await first, other]
@@ -319,7 +332,7 @@ def test_no_task_ever_runs_on_another_keys_engine(models: list[Any], concurrent:
 
     async def work(place: InlinePlace) -> list[Outcome]:
         described = info(concurrent=concurrent)
-        return await asyncio.gather(*(place.run(described, task(model)) for model in models))
+        return await asyncio.gather(*(serve(place, described, task(model)) for model in models))
 
     outcomes = drive(work, RecordedCoroutine)
     assert [outcome.result["key"] for outcome in outcomes] == models
@@ -345,8 +358,8 @@ def test_a_failed_load_is_unloaded_and_the_next_task_starts_afresh() -> None:
 
     async def work(place: InlinePlace) -> Outcome:
         with pytest.raises(InputError, match="no memory"):
-            await place.run(info(), task())
-        return await place.run(info(), task())
+            await serve(place, info(), task())
+        return await serve(place, info(), task())
 
     assert drive(work, FailsOnce).ok
     assert Recorded.events == [
@@ -363,7 +376,7 @@ def test_those_who_waited_for_a_failed_load_load_once_and_leave_nothing_behind(
 
     async def work(place: InlinePlace) -> list[Any]:
         described = info(concurrent=concurrent)
-        running = (place.run(described, task()) for _ in range(4))
+        running = (serve(place, described, task()) for _ in range(4))
         return await asyncio.gather(*running, return_exceptions=True)
 
     outcomes = drive(work, FailsOnce)
@@ -414,8 +427,8 @@ def test_only_concurrent_executors_get_several_tasks_at_once(
     async def work(place: InlinePlace) -> list[Outcome]:
         described = info(concurrent=concurrent)
         if warm:
-            await place.run(described, task())
-        return await asyncio.gather(*(place.run(described, task()) for _ in range(5)))
+            await serve(place, described, task())
+        return await asyncio.gather(*(serve(place, described, task()) for _ in range(5)))
 
     assert len(drive(work, cls)) == 5
     assert Crowd.most == most
@@ -452,12 +465,12 @@ def test_a_thread_that_cannot_be_stopped_keeps_its_engine_and_the_next_task_gets
     Gated.gate, Gated.inside = threading.Event(), threading.Event()
 
     async def work(place: InlinePlace) -> None:
-        deaf = asyncio.ensure_future(place.run(info(), task(block=where)))
+        deaf = asyncio.ensure_future(serve(place, info(), task(block=where)))
         await asyncio.to_thread(Gated.inside.wait, WAIT_S)
         deaf.cancel()
         await asyncio.wait({deaf})
         assert deaf.cancelled()
-        assert (await place.run(info(), task())).ok, "the next task waits for the deaf one"
+        assert (await serve(place, info(), task())).ok, "the next task waits for the deaf one"
         assert "unload a" not in Recorded.events, "unloaded under a running thread"
         Gated.gate.set()
         while "unload a" not in Recorded.events:
@@ -480,14 +493,14 @@ def test_a_cancelled_coroutine_leaves_the_engine_warm() -> None:
             return {}
 
     async def work(place: InlinePlace) -> None:
-        long = asyncio.ensure_future(place.run(info(), task()))
+        long = asyncio.ensure_future(serve(place, info(), task()))
         while "load a" not in Recorded.events:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
         long.cancel()
         await asyncio.wait({long})
         assert long.cancelled()
-        await place.run(info(), task(short=True))
+        await serve(place, info(), task(short=True))
 
     drive(work, Sleeps)
     assert Recorded.events == ["new", "load a", "told", "unload a"]
@@ -497,9 +510,9 @@ def test_a_task_cancelled_while_it_waits_its_turn_disturbs_nobody() -> None:
     Gated.gate, Gated.inside = threading.Event(), threading.Event()
 
     async def work(place: InlinePlace) -> Outcome:
-        first = asyncio.ensure_future(place.run(info(), task(block="run")))
+        first = asyncio.ensure_future(serve(place, info(), task(block="run")))
         await asyncio.to_thread(Gated.inside.wait, WAIT_S)
-        second = asyncio.ensure_future(place.run(info(), task()))
+        second = asyncio.ensure_future(serve(place, info(), task()))
         await asyncio.sleep(0.01)
         second.cancel()
         await asyncio.wait({second})

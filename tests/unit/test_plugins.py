@@ -4,7 +4,9 @@ import itertools
 import json
 import logging
 import sys
+import sysconfig
 import textwrap
+import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from flowmesh_core.plugins import (
     PluginReport,
     Plugins,
     PluginState,
+    core_requirement,
     extensions,
     import_target,
     is_importable,
@@ -409,6 +412,209 @@ def test_a_file_named_like_an_installed_plugin_is_a_conflict(site: Site) -> None
         PluginConflictError, match=r"'echo' is claimed by .*echo\.py, flowmesh-core"
     ):
         load("echo", files=[site.folder / "echo.py"])
+
+
+# Other environments.
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Callable[[str], Site]:
+    """Make an environment that sees the core, and into which a test installs distributions."""
+
+    def make(name: str) -> Site:
+        folder = tmp_path / "envs" / name
+        venv.create(folder, symlinks=True, with_pip=False)
+        (packages,) = folder.glob("lib/python*/site-packages")
+        core = Path(flowmesh_core.__file__).parents[1]
+        (packages / "seen.pth").write_text(f"{core}\n{sysconfig.get_path('purelib')}\n")
+        return Site(packages)
+
+    return make
+
+
+ENGINE = REGISTER.format("needs=['acme_engine', 'acme_gone'], install='get acme'")
+
+
+def test_plugins_of_environments_come_after_local_ones_and_serve_like_them(
+    site: Site, environment: Callable[[str], Site], tmp_path: Path
+) -> None:
+    site.plugin("z-here")
+    there = environment("blue")
+    there.plugin("a-there", REGISTER.format("'there', needs=['acme_engine'], places=['inline']"))
+    there.write("acme_engine", "")
+    plugins, reports = load("z-here", "a-there", "echo", envs_dir=tmp_path / "envs")
+    assert list(reports) == ["flowmesh-core:echo", "dist-z-here:z-here", "dist-a-there:a-there"]
+    row = reports["dist-a-there:a-there"]
+    assert (row.state, row.version, row.environment) == (PluginState.LOADED, "1.2", "blue")
+    assert row.hooks == ()
+    assert [r.environment for r in reports.values()] == ["", "", "blue"]
+    assert plugins.pythons == {"blue": tmp_path / "envs" / "blue" / "bin" / "python"}
+    assert "a_there_plugin" not in sys.modules
+    registry = plugins.build_registry(Settings(), gpu_count=0)
+    info = registry.resolve("tts", {}, executor="there")
+    assert (info.environment, info.missing, info.places) == ("blue", (), ("process",))
+    assert registry.pythons == plugins.pythons
+    with pytest.raises(
+        PluginLoadError, match="executor 'there' lives in environment blue and cannot be imported"
+    ):
+        registry.load_class(info)
+
+
+def test_what_an_environment_lacks_is_told_with_its_name(
+    site: Site, environment: Callable[[str], Site], tmp_path: Path
+) -> None:
+    site.write("acme_gone", "")  # here, where it does not help
+    there = environment("blue")
+    there.plugin("acme", ENGINE)
+    there.write("acme_engine", "")
+    plugins, _ = load("acme", envs_dir=tmp_path / "envs")
+    with pytest.raises(
+        ExecutorUnavailableError,
+        match=r"needs the package acme_gone, not installed in environment blue; "
+        "run there: get acme$",
+    ) as caught:
+        plugins.build_registry(Settings(), gpu_count=0).resolve("tts", {})
+    assert (caught.value.needs, caught.value.install) == (("acme_gone",), "get acme")
+
+
+def test_a_plugin_in_two_environments_is_a_conflict_that_names_both(
+    site: Site, environment: Callable[[str], Site], tmp_path: Path
+) -> None:
+    for name in ("blue", "red"):
+        environment(name).plugin("acme")
+    plugins, _ = load("acme", envs_dir=tmp_path / "envs")
+    rows = [row for row in plugins.reports if row.name == "acme"]
+    assert [(row.environment, row.state.value) for row in rows] == [
+        ("blue", "conflict"),
+        ("red", "conflict"),
+    ]
+    owners = "dist-acme in environment blue, dist-acme in environment red"
+    assert f"'acme' is claimed by {owners}; uninstall all but one" in rows[0].reason
+    assert plugins.executors == ()
+
+
+@pytest.mark.parametrize(
+    ("here_has_it", "there_has_it", "served_from", "row_there"),
+    [
+        (False, True, "blue", "loaded"),
+        (True, True, "", "disabled"),
+        (True, False, "", "disabled"),
+        (False, False, "", "disabled"),
+    ],
+)
+def test_a_plugin_that_is_here_without_its_engine_is_served_from_the_environment_that_has_it(
+    here_has_it: bool,
+    there_has_it: bool,
+    served_from: str,
+    row_there: str,
+    site: Site,
+    environment: Callable[[str], Site],
+    tmp_path: Path,
+) -> None:
+    there = environment("blue")
+    for place, has_it in ((site, here_has_it), (there, there_has_it)):
+        place.plugin("acme", REGISTER.format("'acme', needs=['acme_heavy']"))
+        if has_it:
+            place.write("acme_heavy", "")
+    plugins, _ = load("acme", envs_dir=tmp_path / "envs")
+    rows = [row for row in plugins.reports if row.name == "acme"]
+    assert [(row.environment, row.state.value) for row in rows] == [
+        ("", "loaded"),
+        ("blue", row_there),
+    ]
+    assert [info.environment for info in plugins.executors] == [served_from]
+
+
+def test_an_executor_name_here_and_there_is_a_conflict_that_names_both(
+    site: Site, environment: Callable[[str], Site], tmp_path: Path
+) -> None:
+    site.plugin("a")
+    there = environment("blue")
+    there.plugin("b")
+    there.plugin("c", REGISTER.format("'echo'"))
+    plugins, reports = load("a", "b", "c", "echo", envs_dir=tmp_path / "envs")
+    states = {row.name: row.state.value for row in reports.values()}
+    assert states == {"a": "conflict", "b": "conflict", "c": "conflict", "echo": "loaded"}
+    both = "dist-a and dist-b in environment blue; disable one of them"
+    assert f"'acme.tts' is claimed by {both}" in reports["dist-b:b"].reason
+    assert [info.name for info in plugins.executors] == ["echo"]
+    settled, _ = load("a", "b", disable_plugins=("a",), envs_dir=tmp_path / "envs")
+    assert [(info.name, info.environment) for info in settled.executors] == [("acme.tts", "blue")]
+
+
+def test_an_environment_that_cannot_be_used_is_one_row_and_stops_nothing(
+    site: Site, environment: Callable[[str], Site], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment("blue").plugin("acme")
+    venv.create(tmp_path / "envs" / "bare", symlinks=True, with_pip=False)
+    python = tmp_path / "envs" / "odd" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    row = {"distribution": "d", "name": "x"}
+    answer = {"core": "1", "api": "1.0", "python": "3", "plugins": [row], "paths": []}
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    python.chmod(0o755)
+    plugins, _ = load("acme", envs_dir=tmp_path / "envs")
+    rows = [row for row in plugins.reports if row.environment]
+    assert [
+        (row.name, row.state.value) for row in rows if row.state is not PluginState.DISABLED
+    ] == [
+        ("bare", "broken"),
+        ("acme", "loaded"),
+        ("odd", "broken"),
+    ]
+    remedy = "repair it, or run: flowmesh env remove"
+    assert errors(caplog) == [
+        "environment bare: its Python ended with exit code 1: ModuleNotFoundError: "
+        f"No module named 'flowmesh_core'; {remedy} bare",
+        f"environment odd: cannot read its plugins: KeyError('version'); {remedy} odd",
+    ]
+    assert [info.name for info in plugins.executors] == ["acme.tts"]
+    with pytest.raises(PluginLoadError, match="environment bare: its Python ended"):
+        load("acme", envs_dir=tmp_path / "envs", strict_plugins=True)
+
+
+def test_a_plugin_that_is_broken_in_its_environment_says_why(
+    site: Site,
+    environment: Callable[[str], Site],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    there = environment("blue")
+    there.plugin("acme", "1 / 0")
+    there.plugin("good")
+    plugins, _ = load("acme", "good", envs_dir=tmp_path / "envs")
+    core = f"flowmesh-core {flowmesh_core.__version__}"
+    assert errors(caplog) == [
+        f"plugin acme (dist-acme 1.2, {core}, environment blue) is broken: "
+        "ZeroDivisionError: division by zero"
+    ]
+    assert [info.name for info in plugins.executors] == ["acme.tts"]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (None, ["flowmesh-core~=1.2"]),
+        ({"url": "file:///no/such/core.whl"}, ["flowmesh-core~=1.2"]),
+        ({"url": "https://host/core.whl"}, ["flowmesh-core~=1.2"]),
+        ({"url": "file://{site}/a%20b", "dir_info": {}}, ["{site}/a b"]),
+        (
+            {"url": "file://{site}/a%20b", "dir_info": {"editable": True}},
+            ["--editable", "{site}/a b"],
+        ),
+    ],
+    ids=["index", "gone", "web", "folder", "editable"],
+)
+def test_a_core_for_an_environment_comes_from_where_this_one_came(
+    site: Site, told: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.install("flowmesh-core", {})
+    monkeypatch.setattr("flowmesh_core.plugins.__version__", "1.2+local")
+    (site.folder / "a b").mkdir()
+    if told:
+        path = site.folder / "flowmesh_core-1.2.dist-info" / "direct_url.json"
+        path.write_text(json.dumps(told).replace("{site}", str(site.folder)))
+    assert core_requirement() == [text.replace("{site}", str(site.folder)) for text in expected]
 
 
 # Importing.

@@ -87,11 +87,10 @@ def test_a_deadline_ends_a_task(executor: type[Executor], tmp_path: Path) -> Non
     assert time.monotonic() - started < 8
 
 
-def test_a_coroutine_that_ignores_its_deadline_is_cancelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flowmesh_core.runner._STOP_GRACE_S", 0.2)
-    run = run_task(Sleeps, {"timeoutSec": 0.1, "stubborn": True}, folder=tmp_path)
+def test_a_coroutine_that_ignores_its_deadline_is_cancelled(tmp_path: Path) -> None:
+    settings = load_settings({}, results_dir=tmp_path, cancel_grace_s=0.2)
+    spec = {"timeoutSec": 0.1, "stubborn": True}
+    run = run_task(Sleeps, spec, folder=tmp_path, settings=settings)
     assert isinstance(run.error, DeadlineError)
 
 

@@ -20,6 +20,7 @@ from flowmesh_core.specs import (
     InferenceSpec,
     JsonlExport,
     ResponseFormat,
+    ServeResult,
     ServeSpec,
     TaskSpec,
     refuse_fields,
@@ -307,11 +308,71 @@ def test_field_named_by_its_other_spelling_is_refused_too() -> None:
 # The other specs and the results.
 
 
-def test_serve_takes_inference_and_a_port() -> None:
-    spec = read(ServeSpec, {"inference": {"temperature": 0}, "port": 8080})
-    assert (spec.host, spec.port, spec.inference.temperature) == ("127.0.0.1", 8080, 0)
-    assert read(ServeSpec, {}).port == 0
-    assert problem_of(ServeSpec, {"port": 65536}).startswith("spec.port must be less than or equal")
+def test_serve_listens_on_a_free_loopback_port_until_it_is_stopped() -> None:
+    for raw in ({}, {"serve": None, "model": None, "checkpoint": None}):
+        spec = read(ServeSpec, raw)
+        serve = spec.serve
+        assert (serve.host, serve.port, serve.ttl_s, serve.api_key) == ("127.0.0.1", 0, None, None)
+        assert (spec.model.source, spec.checkpoint.load) == (None, None)
+
+
+def test_serve_names_every_field_that_is_wrong_at_once() -> None:
+    serve = {"host": "http://x:1", "port": 65536, "ttl_s": 0, "api_key": "two words"}
+    assert problem_of(ServeSpec, {"serve": serve}) == (
+        "spec.serve.host must be an IP address or a host name, without scheme and port, got "
+        "'http://x:1'; "
+        "spec.serve.port must be less than or equal to 65535, got 65536; "
+        "spec.serve.ttl_s must be greater than 0, got 0; "
+        "spec.serve.api_key must be visible ASCII characters without blanks or a line end"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("host", ["::1", "0.0.0.0", "localhost", "a-1.example"],
+         ["", "127.0.0.1:80", "[::1]", "-x", "a b", "a/b", None, 5]),
+        ("port", [0, 1, 65535], [-1, "x", None]),
+        ("ttl_s", [0.5, 3600, None], [-1, float("inf"), float("nan"), "soon"]),
+        ("api_key", ["x", "sk-~!", None], ["", "x\n", "\u00e9", " x"]),
+    ],
+)  # fmt: skip
+def test_field_of_serve_keeps_to_its_range(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        read(ServeSpec, {"serve": {name: value}})
+    for value in bad:
+        problem = problem_of(ServeSpec, {"serve": {name: value}})
+        assert problem.startswith(f"spec.serve.{name} must be "), value
+
+
+def test_serve_refuses_an_unknown_key_with_the_nearest_name() -> None:
+    problem = problem_of(ServeSpec, {"serve": {"apikey": "x"}})
+    assert problem == "spec.serve: unknown key 'apikey', did you mean 'api_key'?"
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True),
+     ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("localhost.example", False)],
+)  # fmt: skip
+def test_loopback_is_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
+    assert read(ServeSpec, {"serve": {"host": host}}).serve.is_loopback is loopback
+
+
+def test_the_key_of_an_endpoint_is_not_shown() -> None:
+    spec = read(ServeSpec, {"serve": {"api_key": "sk-1234"}})
+    assert spec.serve.api_key.get_secret_value() == "sk-1234"
+    assert "sk-1234" not in f"{spec!r} {spec.model_dump_json()}"
+    assert "sk 1234" not in problem_of(ServeSpec, {"serve": {"api_key": "sk 1234"}})
+
+
+def test_the_result_of_serve_has_an_end_or_none() -> None:
+    raw = {"ok": True, "endpoint": "http://127.0.0.1:1/v1", "model": "m", "pid": 7}
+    assert ServeResult.model_validate({**raw, "expires_at": None}).expires_at is None
+    ends = ServeResult.model_validate({**raw, "expires_at": "2030-01-02T03:04:05+00:00"})
+    assert ends.model_dump(mode="json") == {**raw, "expires_at": "2030-01-02T03:04:05Z"}
+    with pytest.raises(ValidationError, match=r"expires_at\n.*timezone"):
+        ServeResult.model_validate({**raw, "expires_at": "2030-01-02T03:04:05"})
 
 
 def test_embedding_normalizes_unless_told_otherwise() -> None:

@@ -1,0 +1,386 @@
+"""The worker's end of one child process and of the engine that is loaded in it.
+
+Lives on the worker's event loop. Whatever the child does, each task that was given to it gets one
+answer: its outcome, or the reason why the process ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import attrs
+
+from flowmesh_core.errors import CrashError, FlowmeshError
+from flowmesh_core.executor import Capability, ExecutorInfo, Outcome
+from flowmesh_core.masking import SecretMask
+from flowmesh_core.places.base import Job, PlaceContext
+from flowmesh_core.places.child import PROTOCOL_VERSION
+from flowmesh_core.places.crash import OomKills, explain_exit
+from flowmesh_core.places.frames import Decoder, FrameError, encode
+from flowmesh_core.places.keeping import Keeper, KeptProcess
+from flowmesh_core.places.memory import MemoryWatch, Watch, tree_pids
+from flowmesh_core.places.output import OutputPump
+from flowmesh_core.task_log import TaskLog
+from flowmesh_core.telemetry.probes import usable_memory_bytes
+
+__all__ = ["EngineProcess", "StaleEngineError"]
+
+_log = logging.getLogger(__name__)
+_UNLOAD_S = 10.0
+_KILL_S = 15.0
+_SWEEP_S = 1.0
+_HANG_UP_S = 0.5
+# Nothing of the working folder is importable: a folder named like a library would hide it.
+_MAIN = "import sys; sys.path[:1] = []; from flowmesh_core.places.child import main; main()"
+
+
+class StaleEngineError(CrashError):
+    """A warm process had ended before it heard of its next task, which another one may run."""
+
+
+@attrs.define(eq=False)
+class _Conversation:
+    """What is said about one task."""
+
+    job: Job
+    answer: asyncio.Future[tuple[Outcome, bool]]
+    taken: bool = False
+    stopped: bool = False
+
+
+class _Protocol(asyncio.Protocol):
+    """Decodes what the child says."""
+
+    def __init__(self, engine: EngineProcess) -> None:
+        self._engine = engine
+        self._decoder = Decoder()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for channel, message in self._decoder.feed(data):
+                self._engine.take(channel, message)
+        except (FrameError, LookupError, TypeError) as exc:
+            self._engine.distrust(f"it said what cannot be read: {exc}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._engine.hung_up()
+
+
+class EngineProcess:
+    """One child process.
+
+    Args:
+        info: The executor that it runs.
+        context: The worker.
+        number: Unique among the worker's children.
+    """
+
+    def __init__(self, info: ExecutorInfo, context: PlaceContext, number: int) -> None:
+        self.info = info
+        self.users = 0
+        self.served = 0
+        self.started: asyncio.Future[None]
+        self.expiry: asyncio.TimerHandle | None = None
+        self.idle_since = time.monotonic()
+        self.usable = True
+        self.concurrent = Capability.CONCURRENT in info.capabilities
+        self._context = context
+        self._folder = context.folder / "engines" / f"{info.name}-{number}"
+        self._conversations: dict[int, _Conversation] = {}
+        self._channels = itertools.count(1)
+        self._distrusted = ""
+        self._swept = 0.0
+        self._sweep_due = False
+
+    # Begin.
+
+    async def start(self, keeper: Keeper, memory: MemoryWatch, env: Mapping[str, str]) -> None:
+        """Start the process; it loads nothing until its first task comes.
+
+        Raises:
+            CrashError: It could not be started.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._hung_up = self._loop.create_future()
+        (self._folder / "logs").mkdir(parents=True, exist_ok=True)
+        self._log = TaskLog(
+            self._folder,
+            mask=lambda: SecretMask({}),
+            publish=lambda _stream, _offset, _data: None,
+            max_bytes=self._context.settings.task_log_max_bytes,
+        )
+        ours, theirs = socket.socketpair()
+        out, child_out = os.pipe()
+        err, child_err = os.pipe()
+        try:
+            self._process: KeptProcess = await keeper.spawn(
+                [
+                    str(self._context.pythons.get(self.info.environment, sys.executable)),
+                    "-c",
+                    _MAIN,
+                ],
+                env=env,
+                cwd=self._folder,
+                control=theirs.fileno(),
+                stdout=child_out,
+                stderr=child_err,
+            )
+        except BaseException:
+            ours.close()
+            os.close(out)
+            os.close(err)
+            raise
+        finally:
+            theirs.close()
+            os.close(child_out)
+            os.close(child_err)
+        self._pump = OutputPump(out, err, self._log)
+        self._watch: Watch = memory.watch(self._process.minder_pid, None, self._exceeded)
+        self._transport, _ = await self._loop.create_connection(lambda: _Protocol(self), sock=ours)
+        self._process.ended.add_done_callback(lambda _: self._loop.create_task(self._over()))
+        self._send(0, self._start_message())
+
+    def _start_message(self) -> dict[str, Any]:
+        return {
+            "protocol": PROTOCOL_VERSION,
+            "info": self.info.to_dict(),
+            "log_level": self._context.settings.log_level,
+            "plugin_files": [str(path.absolute()) for path in self._context.plugin_files],
+        }
+
+    # One task.
+
+    async def run(self, job: Job) -> Outcome:
+        """Run one task.
+
+        Raises:
+            CrashError: The process ended before it answered.
+            asyncio.CancelledError: The caller gave up; the process and all it started have ended.
+        """
+        channel = next(self._channels)
+        conversation = _Conversation(job, self._loop.create_future())
+        await self._pump.drain()
+        self._conversations[channel] = conversation
+        self._oom_kills = OomKills()
+        self._direct_output()
+        try:
+            if self._process.ended.done():
+                raise self._gone()
+            self._limit_memory()
+            self._send(channel, {"do": "run", **_describe(job)})
+            outcome, usable = await conversation.answer
+            self.usable = self.usable and usable
+            self.served += 1
+            await self._pump.drain()
+            return outcome
+        except CrashError as exc:
+            if self.served and not conversation.taken:
+                raise StaleEngineError(str(exc)) from exc
+            raise
+        except asyncio.CancelledError:
+            self.distrust(f"task {job.ctx.task_id}, which ran in it too, did not stop")
+            await asyncio.wait([self._process.ended], timeout=_KILL_S)
+            raise
+        finally:
+            del self._conversations[channel]
+            self._direct_output()
+            if conversation.stopped and not self.concurrent and self._started_others():
+                self.usable = False  # nobody waits for them any more
+
+    def stop(self, task_id: str, grace_s: float) -> None:
+        """Ask the executor to stop a task."""
+        for channel, conversation in self._conversations.items():
+            if conversation.job.ctx.task_id == task_id:
+                conversation.stopped = True
+                self._send(channel, {"do": "stop", "grace_s": grace_s})
+
+    def _direct_output(self) -> None:
+        """What is printed belongs to a task while it is the only one; else to the engine."""
+        jobs = [conversation.job for conversation in self._conversations.values()]
+        self._pump.redirect(jobs[0].log if len(jobs) == 1 else self._log)
+
+    def _limit_memory(self) -> None:
+        limits = [conversation.job.memory_bytes for conversation in self._conversations.values()]
+        known = [limit for limit in limits if limit is not None]
+        self._watch.limit_bytes = max(known) if len(known) == len(limits) else None
+
+    # What the child says.
+
+    def take(self, channel: int, message: Mapping[str, Any]) -> None:
+        """Act on one message."""
+        what = message["say"]
+        if what == "refused":
+            return self.distrust(FlowmeshError.from_dict(message["error"]).args[0])
+        conversation = self._conversations.get(channel)
+        if conversation is None or conversation.answer.done():
+            return None  # of a task that was given up
+        ctx = conversation.job.ctx
+        if what == "taken":
+            conversation.taken = True
+        elif what == "progress":
+            ctx.on_progress(message["values"])
+        elif what == "log":
+            ctx.on_log(message["level"], message["message"])
+        elif what == "ready":
+            self._pump.redirect(self._log)
+            ctx.on_ready(Outcome.from_dict(message["outcome"]), message["ttl_s"])
+        elif what == "run_task":
+            self._start_child(channel, conversation, message)
+        elif what == "outcome":
+            outcome = Outcome.from_dict(message["outcome"])
+            conversation.answer.set_result((outcome, message["usable"]))
+        return None
+
+    def _start_child(
+        self, channel: int, conversation: _Conversation, message: Mapping[str, Any]
+    ) -> None:
+        future = conversation.job.ctx.start_child(message["spec"])
+
+        def answer(done: Future[Outcome]) -> None:
+            reply = {
+                "do": "child",
+                "number": message["number"],
+                "outcome": _settled(done).to_dict(),
+            }
+            self._loop.call_soon_threadsafe(self._send, channel, reply)
+
+        future.add_done_callback(answer)
+
+    def _send(self, channel: int, message: Mapping[str, Any]) -> None:
+        for frame in encode(channel, message):
+            self._transport.write(frame)
+
+    # End.
+
+    def distrust(self, reason: str) -> None:
+        """End the process at once, and everything that it started."""
+        self.usable = False
+        self._distrusted = self._distrusted or reason
+        self._process.kill()
+
+    def hung_up(self) -> None:
+        """Note that no more will be said; a process that goes on living is of no use."""
+        self.usable = False
+        if not self._hung_up.done():
+            self._hung_up.set_result(None)
+        self._loop.call_later(_HANG_UP_S, self._end_silent)
+
+    def _end_silent(self) -> None:
+        if not self._process.ended.done():
+            self.distrust("it closed its connection to the worker")
+
+    def _exceeded(self, used_bytes: int) -> None:
+        """End a process that took more memory than its task may have; from another thread."""
+        self._loop.call_soon_threadsafe(
+            self.distrust, f"it used {used_bytes} bytes, more than its task may"
+        )
+
+    async def _over(self) -> None:
+        """Everything has ended: give those that still wait the reason."""
+        self.usable = False
+        await self._hung_up
+        await asyncio.to_thread(self._pump.join, _KILL_S)
+        self._watch.stop()
+        self._transport.close()
+        for conversation in self._conversations.values():
+            if not conversation.answer.done():
+                conversation.answer.set_exception(self._gone())
+        self._log.close()
+        if not self._crashed():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _crashed(self) -> bool:
+        status = self._process.ended.result()
+        return status.code != 0 and not self._distrusted
+
+    def _gone(self) -> CrashError:
+        status = self._process.ended.result()
+        if self._distrusted and not self._watch.exceeded:
+            return CrashError(
+                f"executor {self.info.name}: its process was ended: {self._distrusted}"
+            )
+        return explain_exit(
+            what=f"executor {self.info.name}",
+            code=status.code,
+            signal=status.signal,
+            output_tail=self._pump.tail,
+            watch=self._watch,
+            machine_limit_bytes=usable_memory_bytes(),
+            oom_kills=self._oom_kills.since(),
+        )
+
+    def _sweep(self) -> None:
+        """End what a task left behind, detached from the executor's own processes."""
+        self._swept = time.monotonic()
+        self._process.end_orphans()
+
+    def _started_others(self) -> bool:
+        return len(tree_pids(self._process.pid)) > 1
+
+    def rest(self) -> None:
+        """Note that no task runs now."""
+        self.idle_since = time.monotonic()
+        if self.idle_since - self._swept > _SWEEP_S:
+            self._sweep()
+        elif not self._sweep_due:
+            self._sweep_due = True
+            self._loop.call_later(_SWEEP_S, self._sweep_if_idle)
+
+    def _sweep_if_idle(self) -> None:
+        self._sweep_due = False
+        if not self.users and self.usable:
+            self._sweep()
+
+    async def end(self) -> None:
+        """Unload by ending the process; when this returns it is gone, and its memory with it."""
+        self.usable = False
+        ended = self._process.ended
+        if not ended.done():
+            self._send(0, {"do": "unload"})
+            await asyncio.wait([ended], timeout=_UNLOAD_S)
+        if not ended.done():
+            _log.warning("executor %s did not unload within %g s", self.info.name, _UNLOAD_S)
+            self.distrust("it did not unload")
+            await asyncio.wait([ended], timeout=_KILL_S)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Host memory that the process and its descendants used when last looked at."""
+        return self._watch.last_bytes
+
+
+def _settled(done: Future[Outcome]) -> Outcome:
+    error = done.exception()
+    if error is None:
+        return done.result()
+    if not isinstance(error, FlowmeshError):
+        error = FlowmeshError(f"the child task failed: {error!r}")
+    return Outcome(error=error)
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    ctx = job.ctx
+    return {
+        "task_id": ctx.task_id,
+        "task_type": ctx.task_type,
+        "spec": job.spec,
+        "raw_spec": None if ctx.raw_spec is job.spec else ctx.raw_spec,
+        "metadata": ctx.metadata,
+        "folder": str(ctx.folder.absolute()),
+        "inputs": ctx.inputs.to_dict(),
+        "attempt": ctx.attempt,
+        "previous": ctx.previous and str(ctx.previous.absolute()),
+        "devices": ctx.devices,
+        "remaining_s": ctx.remaining_s,
+        "batch_scale": ctx.batch_scale,
+    }

@@ -1,0 +1,225 @@
+"""The place outside the worker: one child process per engine, kept warm while there is room.
+
+An engine is unloaded by ending its process, so that its memory is back for certain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import attrs
+
+from flowmesh_core.config import child_environment
+from flowmesh_core.errors import CrashError
+from flowmesh_core.executor import Capability, Outcome
+from flowmesh_core.places.base import Job, Place, PlaceContext, engine_key
+from flowmesh_core.places.crash import is_out_of_memory
+from flowmesh_core.places.engine_process import EngineProcess, StaleEngineError
+from flowmesh_core.places.keeping import Keeper
+from flowmesh_core.places.memory import MemoryWatch, available_memory_bytes
+from flowmesh_core.telemetry.probes import GpuReader, usable_memory_bytes
+
+__all__ = ["ProcessPlace"]
+
+_log = logging.getLogger(__name__)
+# Room that an engine gets when its task says nothing: of the machine's memory, of a GPU's.
+_HOST_SHARE = 0.1
+_GPU_SHARE = 0.5
+_LOOK_S = 0.01
+
+
+@attrs.frozen
+class _Key:
+    """Tasks that agree on all of it can share a process."""
+
+    executor: str
+    environment: str
+    engine: str
+    devices: tuple[str, ...]
+
+
+class ProcessPlace(Place):
+    """Runs executors in child processes."""
+
+    def __init__(self, context: PlaceContext) -> None:
+        super().__init__(context)
+        self._keeper = Keeper()
+        self._memory = MemoryWatch()
+        self._gpus = GpuReader(visible_devices=context.settings.visible_devices)
+        self._engines: dict[_Key, list[EngineProcess]] = {}
+        self._numbers = itertools.count(1)
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def run(self, job: Job) -> Outcome:
+        """Run one task in a child; a warm one that died unnoticed is replaced."""
+        try:
+            try:
+                outcome = await self._run(job)
+            except StaleEngineError as exc:
+                _log.info("%s; starting another", exc)
+                outcome = await self._run(job)
+        except CrashError as exc:
+            if exc.oom:
+                await self._end_idle()
+            raise
+        return outcome
+
+    async def _run(self, job: Job) -> Outcome:
+        devices = job.ctx.devices
+        key = _Key(
+            job.info.name, job.info.environment, engine_key(job.info, job.ctx.raw_spec), devices
+        )
+        engine = self._take(key) or self._begin(key, job)
+        try:
+            await asyncio.shield(engine.started)
+            outcome = await engine.run(job)
+            if outcome.error is not None and is_out_of_memory(outcome.error):
+                engine.usable = False  # what it still holds is anybody's guess
+                raise CrashError(str(outcome.error), oom=True) from outcome.error
+            return outcome
+        finally:
+            self._put_back(key, engine)
+
+    def stop(self, task_id: str) -> None:
+        """Ask the executor to stop; its process ends when ``run`` is cancelled after the grace."""
+        for engine in self._all():
+            engine.stop(task_id, self.context.settings.cancel_grace_s)
+
+    async def close(self) -> None:
+        """End every process."""
+        for key, engines in list(self._engines.items()):
+            for engine in list(engines):
+                self._discard(key, engine)
+        while self._ending:
+            await asyncio.wait(self._ending)
+        await self._keeper.close()
+        self._memory.close()
+
+    # The pool.
+
+    def _all(self) -> Iterator[EngineProcess]:
+        return itertools.chain.from_iterable(list(self._engines.values()))
+
+    def _take(self, key: _Key) -> EngineProcess | None:
+        for engine in list(self._engines.get(key, ())):
+            if not engine.usable:
+                self._forget(key, engine)
+            elif engine.concurrent or not engine.users:
+                engine.users += 1
+                return engine
+        return None
+
+    def _begin(self, key: _Key, job: Job) -> EngineProcess:
+        engine = EngineProcess(job.info, self.context, next(self._numbers))
+        self._engines.setdefault(key, []).append(engine)
+        engine.users += 1
+        engine.started = asyncio.ensure_future(self._start(engine, key, job))
+        return engine
+
+    async def _start(self, engine: EngineProcess, key: _Key, job: Job) -> None:
+        try:
+            await self._make_room(job)
+            env = child_environment(
+                plugin=job.info.name,
+                variables=job.info.variables,
+                devices=key.devices,
+                foreign=bool(job.info.environment),
+            )
+            await engine.start(self._keeper, self._memory, env)
+        except BaseException:
+            engine.usable = False
+            raise
+
+    def _put_back(self, key: _Key, engine: EngineProcess) -> None:
+        engine.users -= 1
+        if engine.users:
+            return None
+        if not engine.usable or not engine.started.done():
+            return self._discard(key, engine)
+        engine.rest()
+        idle = sorted(self._idle(), key=lambda pair: pair[1].idle_since)
+        for old_key, old in idle[: max(0, len(idle) - self.context.settings.warm_max)]:
+            self._discard(old_key, old)
+        if engine.usable and engine.expiry is None:
+            self._expire(key, engine)
+        return None
+
+    def _expire(self, key: _Key, engine: EngineProcess) -> None:
+        """End an engine that was idle long enough, else look again when it may have been."""
+        idle_s = 0.0 if engine.users else time.monotonic() - engine.idle_since
+        left_s = self.context.settings.warm_idle_s - idle_s
+        engine.expiry = None
+        if left_s <= 0 and not engine.users:
+            self._discard(key, engine)
+        elif engine.usable:
+            loop = asyncio.get_running_loop()
+            engine.expiry = loop.call_later(max(left_s, _LOOK_S), self._expire, key, engine)
+
+    def _idle(self) -> list[tuple[_Key, EngineProcess]]:
+        return [
+            (key, engine)
+            for key, engines in self._engines.items()
+            for engine in engines
+            if not engine.users and engine.usable
+        ]
+
+    def _forget(self, key: _Key, engine: EngineProcess) -> None:
+        engines = self._engines.get(key, [])
+        if engine in engines:
+            engines.remove(engine)
+        if not engines:
+            self._engines.pop(key, None)
+
+    def _discard(self, key: _Key, engine: EngineProcess) -> None:
+        """Forget an engine and end its process in the background."""
+        engine.usable = False
+        self._forget(key, engine)
+        self._in_background(self._end(engine))
+
+    async def _end(self, engine: EngineProcess) -> None:
+        await asyncio.wait([engine.started])
+        if engine.started.exception() is None:
+            await engine.end()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    # Room.
+
+    async def _make_room(self, job: Job) -> None:
+        """End idle engines, least recently used first, until a new one probably fits."""
+        for key, engine in sorted(self._idle(), key=lambda pair: pair[1].idle_since):
+            if self._fits(job):
+                return
+            if engine.users:
+                continue  # taken while another one ended
+            _log.info("executor %s: ended to make room for %s", key.executor, job.info.name)
+            self._forget(key, engine)
+            await engine.end()
+
+    def _fits(self, job: Job) -> bool:
+        total = usable_memory_bytes()
+        needed = job.memory_bytes or int((total or 0) * _HOST_SHARE)
+        free = available_memory_bytes()
+        return (free is None or free >= needed) and all(
+            self._fits_on(index, job.gpu_memory_bytes)
+            for index in job.ctx.devices
+            if Capability.GPU in job.info.capabilities
+        )
+
+    def _fits_on(self, device: str, needed: int | None) -> bool:
+        memory = self._gpus.memory_bytes(device)
+        return memory is None or memory.free >= (needed or memory.total * _GPU_SHARE)
+
+    async def _end_idle(self) -> None:
+        """Give back all memory that no task uses."""
+        for key, engine in self._idle():
+            self._forget(key, engine)
+            await engine.end()
