@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import queue
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flowmesh_llamacpp.executor import LlamacppExecutor
-from flowmesh_llamacpp.spec import LlamacppSpec
+from flowmesh_llamacpp.serve import LlamacppServer
+from flowmesh_llamacpp.spec import LlamacppServeSpec, LlamacppSpec, ServeSettings
 
 from flowmesh_core import Inputs, ModelRef, RowSource, RunContext
+from flowmesh_core.specs import ServeResult
 
 Contexts = Callable[..., RunContext]
 # one thread: quick enough, and not slowed down by whatever else runs on the machine
@@ -82,6 +88,93 @@ def loaded(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     )
     yield executor
     executor.unload()
+
+
+class Service:
+    """A run of ``serve`` in a thread of its own, and what it says of itself."""
+
+    def __init__(self, weights: Path | None, folder: Path) -> None:
+        self.weights, self.folder = weights, folder
+        self.spec: dict[str, Any] = {}
+        self.inputs: dict[str, Any] = {}
+        self.settings: ServeSettings | None = None
+        self.deadline: float | None = None
+        self.executor = LlamacppServer()
+        self.lines: list[str] = []
+        self.ttl_s: float | None = None
+        self.on_ready: Callable[[], object] = lambda: None
+        self._ready: queue.Queue[ServeResult] = queue.Queue()
+        self.cancelled = threading.Event()
+        self._work: Future[Mapping[str, Any]] = Future()
+
+    @contextmanager
+    def running(self, **serve: Any) -> Iterator[Service]:
+        """Serve in the background, whether it gets ready or not; stopped at the end."""
+        model = {"llamacpp": {**SMALL, **self.spec}}
+        self.cancelled.clear()
+        with ThreadPoolExecutor(1) as pool:
+            self._work = pool.submit(self.executor.run, self._context(model, serve))
+            try:
+                yield self
+            finally:
+                self.cancelled.set()
+
+    @contextmanager
+    def up(self, **serve: Any) -> Iterator[ServeResult]:
+        """Serve, and give the result as soon as the service says that it is ready."""
+        with self.running(**serve):
+            yield self.wait_until_ready()
+
+    def wait_until_ready(self) -> ServeResult:
+        while True:
+            try:
+                return self._ready.get(timeout=0.02)
+            except queue.Empty:
+                if self._work.done():
+                    self._work.result()
+                    pytest.fail("it ended without being ready")
+
+    @property
+    def is_ready(self) -> bool:
+        return not self._ready.empty()
+
+    def stop(self) -> float:
+        """Cancel the run; return the seconds that it took to end."""
+        started_s = time.monotonic()
+        self.cancelled.set()
+        self.result(20)
+        return time.monotonic() - started_s
+
+    def result(self, timeout_s: float = 5) -> Mapping[str, Any]:
+        return self._work.result(timeout_s)
+
+    def _note(self, result: Any, ttl_s: float | None) -> None:
+        self.ttl_s = ttl_s
+        self.on_ready()
+        self._ready.put(ServeResult.model_validate(result))
+
+    def _context(self, model: Any, serve: Any) -> RunContext:
+        raw = {"taskType": "serve", "model": model, "serve": serve}
+        known = {"model": ModelRef(identifier="acme/small", path=self.weights, format="gguf")}
+        return RunContext(
+            task_id="task-1",
+            task_type="serve",
+            spec=LlamacppServeSpec.model_validate(raw),
+            raw_spec=raw,
+            folder=self.folder,
+            clock=time.monotonic,
+            settings=self.settings,
+            deadline=self.deadline,
+            inputs=Inputs(**{**known, **self.inputs}),
+            is_cancelled=self.cancelled.is_set,
+            on_log=lambda level, message: self.lines.append(f"{level} {message}"),
+            on_ready=self._note,
+        )
+
+
+@pytest.fixture
+def service(weights: Path, tmp_path: Path) -> Service:
+    return Service(weights, tmp_path)
 
 
 class Gguf:

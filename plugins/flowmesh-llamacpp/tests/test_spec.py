@@ -3,8 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from flowmesh_llamacpp.spec import LlamacppSpec
+from flowmesh_llamacpp.spec import LlamacppServeSpec, LlamacppSpec, ServeSettings
 from pydantic import ValidationError
+
+from flowmesh_core.config import load_plugin_settings
 
 
 def parse(**spec: Any) -> LlamacppSpec:
@@ -71,3 +73,21 @@ def test_a_quantized_value_cache_is_taken_with_flash_attention() -> None:
 def test_what_llama_cpp_cannot_do_is_refused_by_name(spec: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         parse(**spec)
+
+
+def test_serve_takes_the_same_model_block_and_one_of_its_own() -> None:
+    raw = {"model": {"llamacpp": {"n_ctx": 64}}, "serve": {"port": 8080, "ttl_s": 60}}
+    spec = LlamacppServeSpec.model_validate(raw)
+    assert (spec.model.llamacpp.n_ctx, spec.serve.port, spec.serve.ttl_s) == (64, 8080, 60)
+    with pytest.raises(ValidationError, match="unknown key 'n_ctxt', did you mean 'n_ctx'"):
+        LlamacppServeSpec.model_validate({"model": {"llamacpp": {"n_ctxt": 5}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [("", ()), ("0.0.0.0", ("0.0.0.0",)), ("10.0.0.1, ::,", ("10.0.0.1", "::"))],
+)
+def test_the_operator_lists_hosts_in_one_variable(text: str, hosts: tuple[str, ...]) -> None:
+    environ = {"FLOWMESH_LLAMACPP_SERVE_HOSTS": text}
+    found = load_plugin_settings(ServeSettings, plugin="llamacpp.serve", environ=environ)
+    assert found.hosts == hosts

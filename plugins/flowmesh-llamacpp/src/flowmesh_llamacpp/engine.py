@@ -1,4 +1,4 @@
-"""The one door to llama.cpp: a loaded model that answers several requests at once.
+"""The one door to llama.cpp: a loaded model that answers requests, given here or over HTTP.
 
 What llama.cpp would do silently is an error here: a JSON schema that it cannot compile, an
 answer that breaks off, a GPU that is not there.
@@ -12,15 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import attrs
 import xllamacpp
 
 from flowmesh_core import AdapterRef, ExecutionError, ExecutorUnavailableError, InputError
 from flowmesh_llamacpp.gguf import read_metadata
+from flowmesh_llamacpp.listener import ask_status, find_address, sever
 from flowmesh_llamacpp.spec import LlamacppOptions
 
-__all__ = ["Completion", "LlamaEngine"]
+__all__ = ["Completion", "LlamaEndpoint", "LlamaEngine"]
 
 _MARK = "~ok"
 _SCHEMA_ENGINE = "%llguidance"
@@ -65,12 +67,10 @@ class LlamaEngine:
         self.has_chat_template = bool(options.chat_template or head.get("tokenizer.chat_template"))
         self._cache_prompt = options.cache_prompt
         self._context_tokens = _context_tokens(head, options)
-        params = _build_params(path, options, self._context_tokens)
-        params.lora_adapters = [
-            xllamacpp.CommonAdapterLoraInfo(str(adapter.path), adapter.scale)
-            for adapter in adapters
-        ]
-        self._server: Any = _start_server(params, path)
+        params = _build_params(path, options, self._context_tokens, adapters)
+        params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
+        params.force_pure_content_parser = True  # the answer as it is, nothing parsed out of it
+        self._server: Any = _start_hidden(params, path)
 
     def complete(
         self, request: Mapping[str, Any], *, stopped: Callable[[], bool]
@@ -133,6 +133,60 @@ class LlamaEngine:
         self._server = None
 
 
+class LlamaEndpoint:
+    """A GGUF model in memory that answers OpenAI's requests over HTTP.
+
+    Args:
+        path: The weights.
+        options: How to load them.
+        adapters: GGUF LoRA files, all of them applied with their scales.
+        model: The id under which ``/v1/models`` lists it.
+        host: IP address or name to listen on.
+        port: 0 takes a free one.
+        api_key: What requests must bring, or None.
+
+    Attributes:
+        port: The one on which it listens.
+
+    Raises:
+        InputError: A file is not what it should be, or llama.cpp cannot load it.
+        ExecutionError: It cannot listen there.
+        ExecutorUnavailableError: Layers are wanted on a GPU that llama.cpp does not see.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: LlamacppOptions,
+        adapters: Iterable[AdapterRef],
+        *,
+        model: str,
+        host: str,
+        port: int,
+        api_key: str | None,
+    ) -> None:
+        self._address, self._api_key = find_address(host, port), api_key
+        context_tokens = _context_tokens(read_metadata(path, "model"), options)
+        params = _build_params(path, options, context_tokens, adapters)
+        params.hostnames, params.port = [self._address], port
+        params.api_keys = [api_key] if api_key else []
+        params.model_alias = {model}
+        params.cors_origins = ""  # a web page must not use it through its reader's browser
+        params.timeout_read = params.timeout_write = 60  # each stuck client holds a thread
+        self._server: Any = _start_server(params, path)
+        self.port = urlsplit(self._server.listening_address).port or port
+
+    def ask(self) -> int:
+        """Ask over HTTP for the models; return the status, 0 without an answer."""
+        return ask_status(self._address, self.port, "/v1/models", api_key=self._api_key)
+
+    def close(self) -> None:
+        """Hang up on every client, free the port and the model; may come twice."""
+        if self._server is not None:
+            sever(self.port)
+            self._server = None
+
+
 class _Stream:
     """Collects the pieces of one answer as llama.cpp hands them over."""
 
@@ -192,7 +246,9 @@ def _context_tokens(head: Mapping[str, Any], options: LlamacppOptions) -> int:
     return min(options.n_ctx or trained, trained or options.n_ctx)
 
 
-def _build_params(path: Path, options: LlamacppOptions, context_tokens: int) -> Any:
+def _build_params(
+    path: Path, options: LlamacppOptions, context_tokens: int, adapters: Iterable[AdapterRef]
+) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel = options.n_parallel
@@ -212,26 +268,32 @@ def _build_params(path: Path, options: LlamacppOptions, context_tokens: int) -> 
         params.chat_template = options.chat_template
     params.fit_params = False  # would change n_ctx behind the document's back
     params.cache_ram_mib = 0
-    params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
-    params.force_pure_content_parser = True  # the answer as it is, nothing parsed out of it
     params.verbosity = 1  # errors only; they go to the task's log
     params.ui = params.endpoint_slots = False
+    params.lora_adapters = [
+        xllamacpp.CommonAdapterLoraInfo(str(adapter.path), adapter.scale) for adapter in adapters
+    ]
     return params
 
 
 def _start_server(params: Any, path: Path) -> Any:
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as exc:
+        raise InputError(
+            f"model: llama.cpp cannot load {path} with these model.llamacpp options and "
+            "adapters; the task's log has its reason"
+        ) from exc
+
+
+def _start_hidden(params: Any, path: Path) -> Any:
     # llama.cpp insists on a listener: it gets a private path that is gone before anyone can use
     # it, written through the folder's descriptor because socket paths must be short.
     with tempfile.TemporaryDirectory(prefix="llamacpp-") as folder:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             params.hostnames = [f"/proc/self/fd/{descriptor}/unused.sock"]
-            return xllamacpp.Server(params)
-        except RuntimeError as exc:
-            raise InputError(
-                f"model: llama.cpp cannot load {path} with these model.llamacpp options and "
-                "adapters; the task's log has its reason"
-            ) from exc
+            return _start_server(params, path)
         finally:
             os.close(descriptor)
 

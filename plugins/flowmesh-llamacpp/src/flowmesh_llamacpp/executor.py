@@ -17,15 +17,14 @@ from flowmesh_core import (
     FlowmeshError,
     InferenceParams,
     InputError,
-    Inputs,
     ModelRef,
     Row,
     RowSource,
     RunContext,
 )
-from flowmesh_llamacpp.gguf import find_gguf, read_metadata
 from flowmesh_llamacpp.request import build_prompt, build_sampling, derive_seed
 from flowmesh_llamacpp.spec import LlamacppOptions
+from flowmesh_llamacpp.weights import find_adapters, find_weights
 
 __all__ = ["Answer", "Engine", "LlamacppExecutor"]
 
@@ -69,8 +68,7 @@ class LlamacppExecutor(Executor):
     def load(self, ctx: RunContext) -> None:
         """Load the model with its adapters; does nothing when it is loaded."""
         if self._engine is None:
-            weights = _find_weights(ctx.inputs)
-            adapters = [_check_adapter(adapter) for adapter in ctx.inputs.adapters]
+            weights, adapters = find_weights(ctx.inputs), find_adapters(ctx.inputs)
             self._engine = self.open_engine(weights, ctx.spec.model.llamacpp, adapters)
 
     def open_engine(
@@ -196,28 +194,6 @@ def _wants_chat(params: InferenceParams, engine: Engine) -> bool:
             "model.llamacpp.chat_template, or use plain"
         )
     return params.prompt_format != "plain" and engine.has_chat_template
-
-
-def _find_weights(inputs: Inputs) -> Path:
-    if inputs.checkpoint is not None:
-        return find_gguf(inputs.checkpoint, "checkpoint.load")
-    if inputs.model is None or inputs.model.path is None:
-        raise InputError("model.source must name a GGUF file that is on this machine")
-    return find_gguf(inputs.model.path, "model.source")
-
-
-def _check_adapter(adapter: AdapterRef) -> AdapterRef:
-    what = f"adapter {adapter.name}"
-    if adapter.apply != "runtime":
-        raise InputError(f"{what}: llama.cpp cannot honour apply: {adapter.apply}; use runtime")
-    path = find_gguf(adapter.path, what)
-    kind = read_metadata(path, what).get("general.type")
-    if kind != "adapter":
-        raise InputError(
-            f"{what}: {path} must be a GGUF LoRA adapter, got general.type {kind!r}; convert a "
-            "LoRA with convert_lora_to_gguf.py of llama.cpp"
-        )
-    return AdapterRef(name=adapter.name, path=path, scale=adapter.scale)
 
 
 def _build_result(

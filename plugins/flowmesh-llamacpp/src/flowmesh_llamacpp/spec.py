@@ -1,14 +1,20 @@
-"""Spec of ``inference`` under llama.cpp: the shared one and the block ``model.llamacpp``."""
+"""Specs under llama.cpp: the shared ones and the block ``model.llamacpp``."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from flowmesh_core import InferenceSpec, Model, StrictBlock, refuse_fields
+from flowmesh_core import InferenceSpec, Model, ServeSpec, StrictBlock, refuse_fields
 
-__all__ = ["LlamacppModel", "LlamacppOptions", "LlamacppSpec"]
+__all__ = [
+    "LlamacppModel",
+    "LlamacppOptions",
+    "LlamacppServeSpec",
+    "LlamacppSpec",
+    "ServeSettings",
+]
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Positive = Annotated[int, Field(ge=1)]
@@ -107,3 +113,27 @@ class LlamacppSpec(InferenceSpec):
     def _refuse_logprobs(self) -> LlamacppSpec:
         refuse_fields(self.inference, ["logprobs"], engine="llama.cpp")
         return self
+
+
+class LlamacppServeSpec(ServeSpec):
+    """Spec of ``serve`` under llama.cpp."""
+
+    model: LlamacppModel = Field(default_factory=LlamacppModel)
+
+
+class ServeSettings(BaseModel):
+    """What the operator allows endpoints.
+
+    Attributes:
+        hosts: Values of ``serve.host`` that documents may use beside this machine's loopback;
+            read from ``FLOWMESH_LLAMACPP_SERVE_HOSTS``, separated by commas.
+    """
+
+    hosts: tuple[str, ...] = ()
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
