@@ -9,22 +9,29 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
 import click
 import pytest
+import redis
 import yaml
 
 import flowmesh_core.cli as command_line
-from flowmesh_core import Capability, ExecutorInfo, RunContext, errors, events, hookspecs
-from flowmesh_core.config import load_settings
+from flowmesh_core import Capability, ExecutorInfo, RunContext, config, errors, events, hookspecs
+from flowmesh_core.config import child_environment, load_settings
+from flowmesh_core.contract import parse_control
 from flowmesh_core.local_run import plan
+from flowmesh_core.places.crash import explain_exit
 from flowmesh_core.plugins import load_plugins
+from flowmesh_core.resources import parse_resources
+from flowmesh_core.testing import RedisServer, WorkerProcess
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -32,7 +39,7 @@ PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("plugins/*/*.
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 # Parts that are planned; a row of faults.md may wait for one of them and for nothing else.
 PLANNED = (
-    *("durable queue", "control channel", "server", "processes", "archives", "metrics"),
+    *("durable queue", "server", "archives", "clean-up", "metrics"),
     *("training", "agent", "vllm", "transformers", "shell", "ws", "grpc"),
 )
 
@@ -186,6 +193,14 @@ def test_the_distribution_of_the_page_is_a_plugin_that_passes_its_own_tests(tmp_
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=project, PYTHONPATH=site)
 
 
+def test_the_test_of_the_page_passes(tmp_path: Path) -> None:
+    code = dict(blocks(WRITING, "python"))
+    for title in ("shout.py", "test_shout.py"):
+        (tmp_path / title).write_text(code[title])
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shout.py", cwd=tmp_path)
+    assert "1 passed" in done
+
+
 def test_the_hooks_page_is_itself_a_plugin_with_every_hook(tmp_path: Path) -> None:
     path = tmp_path / "all_hooks.py"
     path.write_text(page_module(DOCS / "hooks.md"))
@@ -212,10 +227,14 @@ def test_data_on_a_page_is_well_formed(page: Path) -> None:
 # Commands.
 
 
+def split_lines(code: str) -> list[str]:
+    return re.split(r"(?<!\\)\n", code)
+
+
 def command_lines(page: Path) -> Iterator[str]:
     """Yield every ``flowmesh ...`` of shell blocks and of inline code."""
     for _, code in blocks(page, "bash"):
-        for line in re.split(r"(?<!\\)\n", code):
+        for line in split_lines(code):
             for part in line.replace("\\\n", " ").split("&&"):
                 words = shlex.split(part, comments=True)
                 while words and re.match(r"[A-Z_]+=", words[0]):
@@ -278,6 +297,73 @@ def test_every_command_is_shown_somewhere() -> None:
     assert set(command_line._COMMANDS) <= shown
 
 
+# What is said to Redis.
+
+
+def redis_commands(*verb: str) -> list[list[str]]:
+    """Return the words of each such command of operations.md, without ``redis-cli``."""
+    code = "\n".join(code for _, code in blocks(DOCS / "operations.md", "bash"))
+    lines = (shlex.split(line.replace("\\\n", " "), comments=True) for line in split_lines(code))
+    commands = [words[1:] for words in lines if words[:1] == ["redis-cli"]]
+    return [words for words in commands if tuple(words[: len(verb)]) == verb]
+
+
+def test_the_orders_of_the_page_are_orders() -> None:
+    orders = [parse_control(body) for _, _, body in redis_commands("PUBLISH")]
+    assert [order.type for order in orders] == ["CANCEL", "DRAIN"]
+
+
+def test_the_rights_of_the_page_are_enough_for_a_worker(
+    flowmesh_redis_server: RedisServer, tmp_path: Path
+) -> None:
+    server = flowmesh_redis_server
+    server.start()
+    server.flush()
+    (rights,) = redis_commands("ACL", "SETUSER")
+    (drain,) = [words for words in redis_commands("PUBLISH") if "DRAIN" in words[2]]
+    url = f"redis://gpu-1:secret@{urlsplit(server.url).netloc}/0"
+    rough = ROOT / "tests" / "executors" / "rough.py"
+    task = {"spec": {"taskType": "rough", "do": "print_lines", "count": 1}}
+    message = {"task_id": "75de", "task": task, "assigned_worker": "gpu-1"}
+    with (
+        redis.Redis.from_url(server.url, decode_responses=True) as client,
+        client.pubsub(ignore_subscribe_messages=True) as heard,
+    ):
+        client.execute_command(*rights)
+        client.execute_command("ACL", "LOG", "RESET")
+        heard.subscribe("tasks.events", "tasks.logs:75de")
+        worker = WorkerProcess(
+            url, tmp_path / "results", worker_id="gpu-1", arguments=("--plugin", str(rough))
+        )
+        try:
+            with worker:
+                wait_for(lambda: client.hget("worker:gpu-1", "status") == "IDLE")
+                client.publish("tasks", json.dumps(message))
+                said: list[str] = []
+
+                def listen() -> bool:
+                    if got := heard.get_message(timeout=0.1):
+                        said.append(json.loads(got["data"])["type"])
+                    return "TASK_SUCCEEDED" in said
+
+                wait_for(listen)
+                assert said == ["TASK_STARTED", "TASK_LOG", "TASK_SUCCEEDED"]
+                client.flushdb()
+                wait_for(lambda: client.sismember("workers:ids", "gpu-1"))
+                client.execute_command(*drain)
+                assert worker.wait() == 0
+            assert client.execute_command("ACL", "LOG") == []
+        finally:
+            client.execute_command("ACL", "DELUSER", "gpu-1")
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # Tables.
 
 HOOKS = {name for name in vars(hookspecs) if name.startswith("flowmesh_")}
@@ -287,16 +373,21 @@ MEMBERS = {field.name for field in attrs.fields(RunContext)} | {
     name for name in vars(RunContext) if not name.startswith("_")
 }
 WRITING = DOCS / "writing-an-executor.md"
+# Where the second table below that heading begins.
+CAPABILITIES = 1 + len(attrs.fields(ExecutorInfo))
 
 
 @pytest.mark.parametrize(
     ("described", "there"),
     [
         (
-            first_names(rows(WRITING, "ExecutorInfo")[1:18]),
+            first_names(rows(WRITING, "ExecutorInfo")[1:CAPABILITIES]),
             {f.name for f in attrs.fields(ExecutorInfo)},
         ),
-        (first_names(rows(WRITING, "ExecutorInfo")[18:]), {item.value for item in Capability}),
+        (
+            first_names(rows(WRITING, "ExecutorInfo")[CAPABILITIES:]),
+            {item.value for item in Capability},
+        ),
         (first_names(rows(WRITING, "RunContext")), MEMBERS),
         (first_names(rows(DOCS / "errors.md")), {cls.code for cls in ERRORS}),
         (first_names(rows(DOCS / "contract.md", "Events")), EVENTS),
@@ -320,8 +411,63 @@ def test_an_error_has_its_class_and_says_whether_to_try_again(
     assert meaning, code
 
 
+def crash_rows() -> list[list[str]]:
+    return rows(DOCS / "errors.md", "Crashes")[1:]
+
+
+def test_a_crash_is_tried_again_as_the_table_says() -> None:
+    told = {name: row[2] for row in crash_rows() for name in re.findall(r"SIG[A-Z]+", row[0])}
+    assert len(told) > 9
+    for name, retriable in told.items():
+        crash = explain_exit(what="it", signal=name)
+        assert (crash.code, crash.retriable) == ("crash", retriable == "yes"), name
+    for beginning, code in (("exited with 0", 0), ("exited with a code", 3)):
+        (row,) = [row for row in crash_rows() if row[0].startswith(beginning)]
+        assert explain_exit(what="it", code=code).retriable == (row[2] == "yes")
+    (row,) = [row for row in crash_rows() if row[0].startswith("said at its end")]
+    crash = explain_exit(what="it", code=1, output_tail="CUDA out of memory.")
+    assert (f"`{crash.code}`", crash.retriable) == (row[1], row[2] == "yes")
+
+
+def test_the_variables_that_a_child_keeps_are_those_of_the_table() -> None:
+    table = rows(DOCS / "configuration.md", "What an executor's process sees")[1:]
+    told = [name for row in table[:-1] for name in re.findall(r"`([A-Z_]+\*?)`", row[1])]
+    assert len(told) > 30
+    environ = {name.replace("*", "X"): "kept" for name in told}
+    withheld = {
+        "HF_TOKEN": "",
+        "CUDA_KEY": "",
+        "REDIS_URL": "",
+        "FLOWMESH_OTHER_X": "",
+        "EDITOR": "",
+    }
+    kept = child_environment(plugin="x", environ=environ | withheld)
+    assert kept.keys() - {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"} == environ.keys()
+    page = text_of(DOCS / "configuration.md")
+    assert all(f"`{name}*`" in page for name in config._CHILD_PREFIXES)
+    assert all(f"`{name}`" in page for name in config._CHILD_NAMES if name.isupper())
+
+
+def test_the_architecture_shows_the_layers_that_are_checked_and_every_file_of_a_place() -> None:
+    page = text_of(DOCS / "architecture.md")
+    checked = ast.parse(text_of(ROOT / "tests" / "packaging" / "test_layers.py")).body
+    (layers,) = [
+        ast.literal_eval(node.value)
+        for node in checked
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    ]
+    (shown,) = re.findall(r"^```\n(errors\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    plain = [line.replace("/", "").split() for line in shown.splitlines()]
+    assert list(map(set, plain)) == [set(line.split()) - {"__main__"} for line in layers]
+    described = re.findall(
+        r"`(\w+\.py)`", "".join(row[0] for row in rows(DOCS / "architecture.md", "Processes"))
+    )
+    files = {path.name for path in (ROOT / "flowmesh_core" / "places").glob("*.py")}
+    assert set(described) == files - {"__init__.py"}
+
+
 def test_every_field_of_a_declaration_has_its_default() -> None:
-    told = {row[0].strip("`"): row[1] for row in rows(WRITING, "ExecutorInfo")[1:18]}
+    told = {row[0].strip("`"): row[1] for row in rows(WRITING, "ExecutorInfo")[1:CAPABILITIES]}
     for field in attrs.fields(ExecutorInfo):
         assert (told[field.name] == "required") == (field.default is attrs.NOTHING), field.name
 
@@ -330,6 +476,31 @@ def test_every_hook_has_an_example_of_its_own() -> None:
     for section in re.split(r"^## ", text_of(DOCS / "hooks.md"), flags=re.MULTILINE)[1:]:
         name = section.split()[0]
         assert re.search(rf"^@hookimpl\ndef {name}\(", section, re.MULTILINE), name
+
+
+def test_every_field_of_serve_is_in_the_contract() -> None:
+    from flowmesh_core import ServeParams, ServeResult
+
+    page = DOCS / "contract.md"
+    told = [re.sub("`", "", row[0]) for row in rows(page, "Other task types")]
+    assert told[-len(ServeParams.model_fields) :] == list(ServeParams.model_fields)
+    shown = [json.loads(code) for _, code in blocks(page, "json")]
+    assert list(ServeResult.model_fields) in [list(result) for result in shown]
+
+
+def test_what_the_contract_says_of_resources_is_read_and_nothing_else() -> None:
+    page = DOCS / "contract.md"
+    (example,) = [
+        block["resources"]
+        for _, code in blocks(page, "yaml")
+        if "resources" in (block := yaml.safe_load(code))
+    ]
+    request = parse_resources(example, where="the page")
+    assert (request.cpu, request.memory_bytes, request.gpu_count) == (4, 16 << 30, 1)
+    assert (request.gpu_type, request.gpu_memory_bytes) == ("a100", 40 << 30)
+    told = first_names(rows(page, "Resources and priority"))
+    gpu = [f"gpu.{name}" for name in example["hardware"]["gpu"]]
+    assert told == [name for name in example["hardware"] if name != "gpu"] + gpu
 
 
 def test_every_inference_field_is_in_the_contract_with_its_default() -> None:

@@ -7,11 +7,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -47,7 +50,10 @@ def test_every_example_is_run_by_a_test_here() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["echo.yaml", "inference.yaml", "pipeline.yaml", "graph_template.yaml", "hub_model.yaml"],
+    [
+        *("echo.yaml", "inference.yaml", "pipeline.yaml", "graph_template.yaml", "hub_model.yaml"),
+        "serve.yaml",
+    ],
 )
 def test_an_example_passes_the_check(name: str) -> None:
     done = flowmesh("check", EXAMPLES / name)
@@ -114,6 +120,30 @@ def test_a_hub_id_that_is_not_there_says_what_to_do(tmp_path: Path) -> None:
     done = flowmesh("run", EXAMPLES / "hub_model.yaml", "--out", tmp_path, HF_HUB_CACHE=cache)
     assert done.returncode == 1
     assert "smollm2-135m-instruct-q4_1.gguf" in done.stderr
+
+
+def test_a_later_stage_asks_the_model_that_an_earlier_one_serves(tmp_path: Path) -> None:
+    model, ask = run("serve_and_use.yaml", tmp_path, "--plugin", EXAMPLES / "ask.py")
+    assert "Paris" in outputs(ask)[0]
+    assert len(outputs(ask)) == 2
+    with pytest.raises(ConnectionRefusedError, match="refused"):
+        connect(model["result"]["endpoint"])
+
+
+def test_an_endpoint_is_gone_when_its_time_is_over(tmp_path: Path) -> None:
+    started = datetime.now(timezone.utc)
+    (report,) = run("serve.yaml", tmp_path, "--set", "spec.serve.ttl_s=2")
+    assert report["result"]["model"].endswith(".gguf")
+    expires_at = datetime.fromisoformat(report["result"]["expires_at"])
+    assert started < expires_at <= datetime.now(timezone.utc)
+    with pytest.raises(ConnectionRefusedError, match="refused"):
+        connect(report["result"]["endpoint"])
+
+
+def connect(endpoint: str) -> None:
+    address = urlsplit(endpoint)
+    assert address.hostname == "127.0.0.1"
+    socket.create_connection((address.hostname, address.port or 0), timeout=5).close()
 
 
 def test_a_single_file_plugin_needs_no_packaging(tmp_path: Path) -> None:
