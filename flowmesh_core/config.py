@@ -103,6 +103,11 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _milliseconds(raw: str) -> float:
+    """Read milliseconds as seconds."""
+    return _number(least=0)(raw) / 1000
+
+
 def _names(raw: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in raw.split(",") if part.strip()))
 
@@ -231,6 +236,8 @@ class Settings:
     task_timeout_s: float | None = _var("TASK_TIMEOUT", _number(above=0))
     drain_timeout_s: float = _var("FLOWMESH_DRAIN_TIMEOUT_S", _number(least=0), 30.0)
     cancel_grace_s: float = _var("FLOWMESH_CANCEL_GRACE_S", _number(least=0), 5.0)
+    group_window_s: float = _var("FLOWMESH_GROUP_WINDOW_MS", _milliseconds, 0.0)
+    group_max: int = _var("FLOWMESH_GROUP_MAX", _whole(1), 32)
     warm_max: int = _var("FLOWMESH_WARM_MAX", _whole(0), 4)
     warm_idle_s: float = _var("FLOWMESH_WARM_IDLE_S", _number(least=0), 600.0)
     task_log_max_bytes: int = _var("FLOWMESH_TASK_LOG_MAX_BYTES", _whole(1024), 1 << 30)

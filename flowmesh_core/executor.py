@@ -6,7 +6,7 @@ import abc
 import enum
 import json
 import re
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +41,8 @@ class Capability(str, enum.Enum):
     """Uses the GPUs in ``ctx.devices`` when there are any; without CPU beside it, needs one."""
     CONCURRENT = "concurrent"
     """A coroutine ``run`` that may be given several tasks at once."""
+    GROUP = "group"
+    """Has ``run_group``: takes tasks that agree on ``group_key`` as one batch."""
     BATCH_INVARIANT = "batch_invariant"
     """A task's output does not depend on the tasks that ran beside it."""
     SHRINK = "shrink"
@@ -165,15 +167,20 @@ def _relative(_owner: Any, _field: Any, value: str) -> None:
 
 @attrs.frozen
 class Artifact:
-    """A file of the task's folder that is to reach the task's destination.
+    """A file or folder of the task's folder that is to reach the task's destination.
 
     Attributes:
         path: Relative to ``ctx.folder``.
-        result_key: Key of the result whose object gets ``path``, ``url``, ``download_url``.
+        result_key: Key of the result whose object gets ``path``, ``url``, ``download_url``. For a
+            folder, what its keys begin with; its name when it is empty.
+        archive: The path is a folder, to be packed as ``<path>.tar.gz`` beside it. The result of
+            ``final_model`` gets ``final_model_path``, ``final_model_archive`` and the rest of the
+            contract's keys.
     """
 
     path: str = attrs.field(validator=_relative)
     result_key: str = ""
+    archive: bool = False
 
 
 def _files(values: Iterable[Artifact]) -> tuple[Artifact, ...]:
@@ -402,6 +409,18 @@ class Executor(abc.ABC):
             FlowmeshError: Raised as it is; its ``retriable`` says whether to try again.
             Exception: Anything else is reported as a failed execution.
         """
+
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterable[tuple[str, RunResult]]:
+        """Do the work of several tasks that agree on ``group_key``; needs ``Capability.GROUP``.
+
+        Called like a plain ``run``. A member that fails alone is yielded with
+        ``Outcome(error=...)``; what is raised fails all that have no outcome yet. A member whose
+        context is cancelled is left out.
+
+        Returns:
+            Task id and answer of each member, once each, as soon as the member has finished.
+        """
+        raise NotImplementedError
 
     def load(self, ctx: RunContext) -> None:  # noqa: B027 - light executors load nothing
         """Load the engine; called once, before the first ``run``, with that task's context."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,6 +15,7 @@ import attrs
 
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
+from flowmesh_core.batches import Batch, Guest, Lobby, Seats, copy_files
 from flowmesh_core.config import Settings, load_plugin_settings, read_environment
 from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
@@ -28,7 +29,8 @@ from flowmesh_core.errors import (
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
 from flowmesh_core.inputs import Inputs, hub_cache_folder, resolve_inputs
 from flowmesh_core.masking import SecretMask
-from flowmesh_core.places.base import Job, Place, PlaceContext, engine_key
+from flowmesh_core.merge import engine_key, group_key, work_key
+from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error
 from flowmesh_core.plugins import ExecutorRegistry, Plugins, import_target, load_driver
 from flowmesh_core.resources import Grant, ResourceLedger, ResourceRequest, parse_resources
@@ -83,18 +85,33 @@ class _Stop:
         return CancelledError(self.reason, retriable=self.retriable)
 
 
+@attrs.define(eq=False)
+class _SharedGrant:
+    """What several dispatches of one batch hold together; the last one gives it back."""
+
+    grant: Grant
+    holders: int = 1
+
+    def release(self) -> None:
+        self.holders -= 1
+        if not self.holders:
+            self.grant.release()
+
+
 @attrs.frozen(kw_only=True)
 class Reservation:
-    """What a task holds of the worker while it runs.
+    """What a dispatch holds of the worker while it runs.
 
     Attributes:
         request: What its document asks for.
-        uses_gpu: Whether its executor uses the devices of the grant.
+        devices: GPUs that its tasks may use.
+        seats: Its place in a batch, when its executor takes groups.
     """
 
     request: ResourceRequest
-    grant: Grant
-    uses_gpu: bool
+    devices: tuple[str, ...]
+    seats: Seats | None = None
+    grant: _SharedGrant
 
 
 @attrs.define(eq=False)
@@ -109,6 +126,7 @@ class _Run:
     log: TaskLog
     progress: ProgressRecorder
     inline: frozenset[str] = frozenset()
+    seated: bool = False
     stopping: bool = False
     children: int = 0
     mask: SecretMask = attrs.field(factory=lambda: SecretMask({}))
@@ -150,6 +168,7 @@ class Runner:
         self._place_context = places
         self._events = events or RunnerEvents()
         self._stops: dict[str, _Stop] = {}
+        self._lobby = Lobby(settings.group_max)
         self._places: dict[str, Place] = {}
         self._models: dict[str, Any] = {}
         self._plugin_settings: dict[str, Any] = {}
@@ -192,8 +211,14 @@ class Runner:
         return True
 
     @contextlib.asynccontextmanager
-    async def reserve(self, task: Task) -> AsyncIterator[Reservation]:
+    async def reserve(self, task: Task, *, size: int = 1) -> AsyncIterator[Reservation]:
         """Wait for a slot and what ``spec.resources`` asks for, and hold it.
+
+        Dispatches of one group that wait together share the first one's reservation.
+
+        Args:
+            task: The leader of a dispatch.
+            size: How many members it has.
 
         Raises:
             FlowmeshError: No executor serves the task, the machine can never meet the request,
@@ -212,25 +237,72 @@ class Runner:
                 shared=Capability.CONCURRENT in info.capabilities,
             )
         )
-        grant = await self._unless_stopped(waiting, self._stops[task.task_id])
+        key = group_key(info, task)
+        guest = self._lobby.enter(f"{key} {task.common.resources}", size) if key else None
         try:
-            yield Reservation(request=request, grant=grant, uses_gpu=uses_gpu)
+            held = await self._wait(waiting, self._stops[task.task_id], guest)
+            if isinstance(held, Grant):
+                held = await self._host(held, request, guest)
         finally:
-            if task.task_id in self._services:
-                grant.release_slot()
-            else:
-                grant.release()
+            if guest is not None:
+                self._lobby.leave(guest)
+        try:
+            yield held
+        finally:
+            self._give_back(task.task_id, held)
 
-    async def _unless_stopped(self, waiting: asyncio.Task[Grant], stop: _Stop) -> Grant:
-        if not waiting.done():
-            either: list[asyncio.Future[Any]] = [waiting, stop.asked]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if stop.asked.done():
-            waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                (await waiting).release()
+    async def _wait(
+        self, waiting: asyncio.Task[Grant], stop: _Stop, guest: Guest | None
+    ) -> Grant | Reservation:
+        """Return a grant of one's own or somebody else's reservation, whichever comes first."""
+        either: list[asyncio.Future[Any]] = [waiting, stop.asked]
+        if guest is not None:
+            either.append(guest.invited)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        invited = guest is not None and guest.invited.done()
+        if not invited and not stop.asked.done():
+            return waiting.result()
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            (await waiting).release()
+        if guest is None or not invited:
             raise stop.error()
-        return waiting.result()
+        reservation: Reservation = guest.invited.result()
+        return reservation
+
+    async def _host(
+        self, grant: Grant, request: ResourceRequest, guest: Guest | None
+    ) -> Reservation:
+        """Take along those that wait for the same, after a moment in which more may come."""
+        shared = _SharedGrant(grant)
+        if guest is None:
+            return Reservation(request=request, devices=grant.devices, grant=shared)
+        try:
+            await asyncio.sleep(self._settings.group_window_s)
+        except asyncio.CancelledError:
+            grant.release()
+            raise
+        batch = Batch()
+        for joining in self._lobby.take_along(guest):
+            shared.holders += 1
+            joining.invited.set_result(
+                Reservation(
+                    request=request,
+                    devices=grant.devices,
+                    seats=batch.seats(joining.size),
+                    grant=shared,
+                )
+            )
+        seats = batch.seats(guest.size)
+        return Reservation(request=request, devices=grant.devices, seats=seats, grant=shared)
+
+    def _give_back(self, task_id: str, held: Reservation) -> None:
+        if held.seats is not None:
+            held.seats.close()
+        if task_id in self._services:  # it keeps devices and memory
+            held.grant.grant.release_slot()
+        else:
+            held.grant.release()
 
     def _resolve(self, task: Task) -> ExecutorInfo:
         return self._registry.resolve(
@@ -241,6 +313,50 @@ class Runner:
         )
 
     # Run.
+
+    async def run_members(
+        self, members: Sequence[tuple[Task, Attempt]], reservation: Reservation
+    ) -> AsyncIterator[tuple[str, Outcome, bool]]:
+        """Run the members of one dispatch, together or one after the other.
+
+        Yields:
+            Task id, outcome, and whether it is the answer of another member with the same work;
+            each as soon as its member has finished.
+        """
+        if reservation.seats is not None:
+            copies = reservation.seats.batch.copies
+            running = [self._named(task, attempt, reservation) for task, attempt in members]
+            for done in asyncio.as_completed(running):
+                task_id, outcome = await done
+                yield task_id, outcome, task_id in copies
+            return
+        works = [work_key(task) if len(members) > 1 else None for task, _ in members]
+        copied: dict[str, Outcome] = {}
+        for number, (task, attempt) in enumerate(members):
+            same = copied.get(task.task_id)
+            outcome = same or await self.run(task, attempt, reservation)
+            if outcome.ok and works[number] and same is None:
+                later = zip(members[number + 1 :], works[number + 1 :], strict=True)
+                equal = [member for member, work in later if work == works[number]]
+                copied |= await self._copy(attempt, outcome, equal)
+            yield task.task_id, outcome, same is not None
+
+    async def _named(
+        self, task: Task, attempt: Attempt, reservation: Reservation
+    ) -> tuple[str, Outcome]:
+        return task.task_id, await self.run(task, attempt, reservation)
+
+    async def _copy(
+        self, attempt: Attempt, outcome: Outcome, members: Sequence[tuple[Task, Attempt]]
+    ) -> dict[str, Outcome]:
+        """Give members with the same work its answer, before the folder of the first one moves."""
+        copied = {}
+        for task, own in members:
+            with contextlib.suppress(OSError):  # then its work is done for itself
+                if not self._stops[task.task_id].asked.done():
+                    await asyncio.to_thread(copy_files, attempt.folder, own.folder)
+                    copied[task.task_id] = outcome
+        return copied
 
     async def run(self, task: Task, attempt: Attempt, reservation: Reservation) -> Outcome:
         """Run one task to its outcome; whatever goes wrong is in the outcome."""
@@ -286,6 +402,8 @@ class Runner:
             outcome = Outcome(error=_as_error(run, exc))
         finally:
             run.close()
+            if run.reservation.seats is not None and not run.seated:
+                run.reservation.seats.give_up()
         outcome = _masked(outcome, run.mask)
         runtime_s = time.monotonic() - started
         self._plugins.observe("flowmesh_after_task", outcome=outcome, runtime_s=runtime_s, **about)
@@ -367,7 +485,7 @@ class Runner:
             attempt=run.attempt.number,
             previous=previous and there[previous],
             settings=self._settings_for(info),
-            devices=run.reservation.grant.devices if Capability.GPU in info.capabilities else (),
+            devices=run.reservation.devices if Capability.GPU in info.capabilities else (),
             deadline=run.deadline,
             clock=time.monotonic,
             is_cancelled=lambda: run.stopping,
@@ -402,7 +520,8 @@ class Runner:
         try:
             return await self._within_time(run, place, job)
         except CrashError as exc:
-            if not exc.oom or Capability.SHRINK not in job.info.capabilities:
+            shrinks = Capability.SHRINK in job.info.capabilities
+            if not exc.oom or not shrinks or job.ctx.batch_scale < 1.0:
                 raise
             run.log.line("warning", f"{exc}; running once more with half the batch")
             job.ctx.batch_scale = 0.5
@@ -415,7 +534,7 @@ class Runner:
             loop = asyncio.get_running_loop()
             future = ready = loop.create_future()
             ctx.on_ready = lambda *answer: _resolve_threadsafe(loop, future, answer)
-        work = asyncio.ensure_future(place.run(job))
+        work = asyncio.ensure_future(self._begin_work(run, place, job))
         waiting: list[asyncio.Future[Any]] = [work, run.stop.asked]
         if ready is not None:
             waiting.append(ready)
@@ -434,6 +553,14 @@ class Runner:
             error = DeadlineError(f"task {run.task.task_id} did not end before its deadline")
         await self._stop(run, place, work)
         raise error
+
+    async def _begin_work(self, run: _Run, place: Place, job: Job) -> Outcome:
+        seats, group = run.reservation.seats, group_key(job.info, run.task)
+        if seats is None or group is None or run.seated:
+            return await place.run(job)
+        run.seated = True
+        seats.use()
+        return await seats.batch.submit(place, job, group=group, work=work_key(run.task))
 
     async def _stop(self, run: _Run, place: Place, work: asyncio.Task[Outcome]) -> None:
         """Ask first; what has not ended after the grace is given up, and ended by its place."""
@@ -456,12 +583,12 @@ class Runner:
         task_id = run.task.task_id
         service = asyncio.ensure_future(self._serve(run, place, work, ttl_s))
         self._services[task_id] = service
-        service.add_done_callback(lambda _: self._end_lease(task_id, run.reservation.grant))
+        service.add_done_callback(lambda _: self._end_lease(task_id, run.reservation))
 
-    def _end_lease(self, task_id: str, grant: Grant) -> None:
+    def _end_lease(self, task_id: str, reservation: Reservation) -> None:
         del self._services[task_id]
         self._stops.pop(task_id, None)
-        grant.release()
+        reservation.grant.release()
 
     async def _serve(
         self, run: _Run, place: Place, work: asyncio.Task[Outcome], ttl_s: float | None
@@ -491,9 +618,8 @@ class Runner:
         (folder / "logs").mkdir(parents=True)
         attempt = Attempt(task_id=child.task_id, number=1, folder=folder, final=folder)
         where = f"task {child.task_id}"
-        reservation = attrs.evolve(
-            parent.reservation, request=parse_resources(child.common.resources, where=where)
-        )
+        request = parse_resources(child.common.resources, where=where)
+        reservation = attrs.evolve(parent.reservation, request=request, seats=None)
         self.admit([child.task_id])
         stop = self._stops[child.task_id]
         limit_s = child.common.timeout_s

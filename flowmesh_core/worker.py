@@ -40,7 +40,7 @@ from flowmesh_core.errors import (
 from flowmesh_core.events import TASK_STARTED, TASK_SUCCEEDED, TaskEvent, task_payload
 from flowmesh_core.executor import Outcome
 from flowmesh_core.ledger import Finished, TaskLedger, Verdict
-from flowmesh_core.merge import failure_document, share_out
+from flowmesh_core.merge import failure_document, group_block, share_out
 from flowmesh_core.places.base import PlaceContext
 from flowmesh_core.plugins import Plugins, load_driver, load_plugins
 from flowmesh_core.presence import Presence
@@ -73,19 +73,29 @@ class _Report:
             dispatched_at=self.envelope.dispatched_at,
         )
 
-    def final_payload(self) -> dict[str, Any]:
+    def ended(self) -> dict[str, Any]:
         runtime_s = time.monotonic() - self.started
-        return {**self.payload(), "runtime_sec": round(runtime_s, 6), "finished_at": utc_now()}
+        return {"runtime_sec": round(runtime_s, 6), "finished_at": utc_now()}
+
+    def final_payload(self) -> dict[str, Any]:
+        return {**self.payload(), **self.ended()}
 
 
-# What became of each task of a dispatch; a task without a folder could not begin.
-_GroupRun = dict[str, tuple[Attempt | None, Outcome]]
+@attrs.define(eq=False)
+class _GroupRun:
+    """What became of the members of a dispatch.
 
+    Attributes:
+        attempts: Folder of each member that could begin.
+        outcomes: Of each member that ran.
+        computed: Members whose answer is not another one's.
+        answers: What each child's result will be once it is written and delivered.
+    """
 
-def _folder_of(task: Task, attempt: Attempt | None) -> Attempt:
-    if attempt is None:
-        raise ArtifactError(f"task {task.task_id} has no folder")
-    return attempt
+    attempts: dict[str, Attempt] = attrs.field(factory=dict)
+    outcomes: dict[str, Outcome] = attrs.field(factory=dict)
+    computed: list[str] = attrs.field(factory=list)
+    answers: dict[str, asyncio.Task[Mapping[str, Any]]] = attrs.field(factory=dict)
 
 
 class Worker:
@@ -265,7 +275,7 @@ class Worker:
             run = await self._run_reserved(report)
             # A task is written and delivered while the next one has its slot already.
             try:
-                result = await self._conclude(envelope, run)
+                result = await self._conclude(report, run)
                 await self._artifacts.deliver(envelope.task, result)
             finally:
                 self._concluding.release()
@@ -286,9 +296,10 @@ class Worker:
             FlowmeshError: The leader failed.
         """
         envelope = report.envelope
-        async with self._runner.reserve(envelope.task) as reservation:
+        size = len(envelope.tasks)
+        async with self._runner.reserve(envelope.task, size=size) as reservation:
             self._begin(report)
-            run = await self._execute(envelope, reservation)
+            run = await self._execute(report, reservation)
             # As many as run may be concluded; when delivery is slow, tasks keep their slots.
             await self._concluding.acquire()
         return run
@@ -301,56 +312,91 @@ class Worker:
         event = TaskEvent(type=TASK_STARTED, task_id=task_id, payload=report.payload())
         self._presence.say(event)
 
-    async def _execute(self, envelope: Envelope, reservation: Reservation) -> _GroupRun:
-        """Run the leader, then its members, within one reservation.
+    async def _execute(self, report: _Report, reservation: Reservation) -> _GroupRun:
+        """Run all members within one reservation; children are answered as they finish.
 
         Raises:
-            FlowmeshError: The leader failed.
+            FlowmeshError: The leader could not begin.
         """
+        envelope, run = report.envelope, _GroupRun()
         if self._draining:
             raise CancelledError("the worker is stopping", retriable=True)
         if self._ledger.find_undelivered(envelope) is not None:
-            return {}
-        leader = envelope.task
-        run: _GroupRun = {leader.task_id: await self._run(leader, reservation)}
-        error = run[leader.task_id][1].error
-        if error is not None:
-            raise error
-        for child in envelope.children:
-            try:
-                run[child.task_id] = await self._run(child, reservation)
-            except FlowmeshError as exc:
-                run[child.task_id] = (None, Outcome(error=exc))
+            return run
+        tasks = {task.task_id: task for task in envelope.tasks}
+        members = [(task, attempt) for task in envelope.tasks if (attempt := self._open(task, run))]
+        async for task_id, outcome, copied in self._runner.run_members(members, reservation):
+            run.outcomes[task_id] = outcome
+            if not copied:
+                run.computed.append(task_id)
+            if task_id != envelope.task.task_id:
+                answer = self._answer_child(report, tasks[task_id], run)
+                run.answers[task_id] = asyncio.ensure_future(answer)
         return run
 
-    async def _conclude(self, envelope: Envelope, run: _GroupRun) -> Mapping[str, Any]:
-        """Answer the members and return the leader's written result; needs no slot."""
-        leader = envelope.task
-        if leader.task_id not in run:
-            return self._ledger.find_undelivered(envelope) or {}
-        attempt, outcome = run.pop(leader.task_id)
-        if envelope.children or envelope.rejected:
-            children = await self._conclude_children(envelope, run)
-            outcome = attrs.evolve(outcome, result={**outcome.result, "children": children})
-        return await self._artifacts.finish(leader, _folder_of(leader, attempt), outcome)
+    def _open(self, task: Task, run: _GroupRun) -> Attempt | None:
+        """Begin a member's attempt; one that cannot begin has its error as outcome."""
+        try:
+            self._store_for(task.destination.type)
+            attempt = self.folders.begin(task.task_id, task.destination)
+        except FlowmeshError as exc:
+            run.outcomes[task.task_id] = Outcome(error=exc)
+            return None
+        run.attempts[task.task_id] = attempt
+        return attempt
 
-    async def _run(self, task: Task, reservation: Reservation) -> tuple[Attempt | None, Outcome]:
-        self._store_for(task.destination.type)
-        attempt = self.folders.begin(task.task_id, task.destination)
-        return attempt, await self._runner.run(task, attempt, reservation)
-
-    async def _conclude_children(self, envelope: Envelope, run: _GroupRun) -> dict[str, Any]:
-        """Write and deliver each member on its own; return their results."""
-        shared = share_out(envelope, {task_id: outcome for task_id, (_, outcome) in run.items()})
-        tasks = {task.task_id: task for task in envelope.children}
-        return {
-            task_id: await self._finish_child(
-                tasks.get(task_id) or attrs.evolve(envelope.task, task_id=task_id),
-                run[task_id][0] if task_id in run else None,
-                outcome,
+    async def _answer_child(self, report: _Report, task: Task, run: _GroupRun) -> Mapping[str, Any]:
+        """Write and deliver one member, and remember it: its leader may yet fail."""
+        task_id = task.task_id
+        outcome = run.outcomes[task_id]
+        result = await self._finish_child(task, run.attempts.get(task_id), outcome)
+        if outcome.ok and result.get("ok") is not False:
+            payload = task_payload(
+                task, started_at=report.started_at, dispatched_at=report.envelope.dispatched_at
             )
-            for task_id, outcome in shared.items()
-        }
+            event = TaskEvent(
+                type=TASK_SUCCEEDED,
+                task_id=task_id,
+                payload={**payload, **report.ended()},
+            )
+            finished = Finished(event=event, dispatched_at=None, spec=task.spec, ok=True)
+            self._ledger.finish(task_id, finished)
+        return result
+
+    async def _conclude(self, report: _Report, run: _GroupRun) -> Mapping[str, Any]:
+        """Wait for the children's answers and return the leader's written result; needs no slot.
+
+        Raises:
+            FlowmeshError: The leader failed; its children have been answered.
+        """
+        envelope = report.envelope
+        leader = envelope.task
+        if leader.task_id not in run.outcomes:
+            return self._ledger.find_undelivered(envelope) or {}
+        outcome = run.outcomes[leader.task_id]
+        children = await self._conclude_children(report, run)
+        if outcome.error is not None:
+            raise outcome.error
+        if children:
+            group = group_block(run.outcomes, run.computed)
+            outcome = attrs.evolve(
+                outcome, result={**outcome.result, "children": children, "group": group}
+            )
+        return await self._artifacts.finish(leader, run.attempts[leader.task_id], outcome)
+
+    async def _conclude_children(self, report: _Report, run: _GroupRun) -> dict[str, Any]:
+        """Return what each child was answered, those that could not run included."""
+        envelope = report.envelope
+        outcomes = {key: run.outcomes[key] for key in run.outcomes if key != envelope.task.task_id}
+        tasks = {task.task_id: task for task in envelope.children}
+        results: dict[str, Any] = {}
+        for task_id, outcome in share_out(envelope, outcomes).items():
+            if task_id in run.answers:
+                results[task_id] = await run.answers[task_id]
+            else:
+                task = tasks.get(task_id) or attrs.evolve(envelope.task, task_id=task_id)
+                results[task_id] = await self._finish_child(task, None, outcome)
+        return results
 
     async def _finish_child(
         self, task: Task, attempt: Attempt | None, outcome: Outcome
@@ -359,7 +405,9 @@ class Worker:
         try:
             if outcome.error is not None:
                 raise outcome.error
-            result = await self._artifacts.finish(task, _folder_of(task, attempt), outcome)
+            if attempt is None:
+                raise ArtifactError(f"task {task.task_id} has no folder")
+            result = await self._artifacts.finish(task, attempt, outcome)
         except FlowmeshError as exc:
             _log.warning("task %s, merged, failed: %s", task.task_id, exc)
             result = await self._write_failure(task, exc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ import attrs
 from flowmesh_core.config import Settings
 from flowmesh_core.executor import Executor, ExecutorInfo, Outcome, RunContext
 from flowmesh_core.task_log import TaskLog
-from flowmesh_core.wire import encode_json
 
-__all__ = ["Job", "Place", "PlaceContext", "engine_key"]
+__all__ = ["Job", "Place", "PlaceContext"]
 
 
 @attrs.frozen(kw_only=True)
@@ -88,27 +88,25 @@ class Place(abc.ABC):
                 had started has ended, as far as the place can see to that.
         """
 
+    def run_group(self, jobs: Sequence[Job]) -> list[asyncio.Task[Outcome]]:
+        """Run tasks that agree on their executor's ``group_key`` as one batch.
+
+        Returns:
+            One task per job, each done as soon as its member has finished. Cancelling one gives
+            that member up, and the process too when no other member needs it. Here they run one
+            after the other.
+        """
+        turn = asyncio.Lock()
+
+        async def run(job: Job) -> Outcome:
+            async with turn:
+                return await self.run(job)
+
+        return [asyncio.ensure_future(run(job)) for job in jobs]
+
     def stop(self, task_id: str) -> None:  # noqa: B027 - where the executor sees ctx.cancelled
         """Ask the executor to stop; ``ctx.cancelled`` is true already. Never blocks."""
 
     @abc.abstractmethod
     async def close(self) -> None:
         """Unload every engine; may come twice."""
-
-
-def engine_key(info: ExecutorInfo, spec: Mapping[str, Any]) -> str:
-    """Return the text on which tasks must agree to share a loaded engine."""
-    return encode_json([_value_at(spec, path) for path in info.engine_key]).decode()
-
-
-def _value_at(spec: Mapping[str, Any], path: str) -> Any:
-    value: Any = spec
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return _sorted(value)
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(item) for item in value] if isinstance(value, list) else value

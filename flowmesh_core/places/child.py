@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import inspect
 import itertools
 import logging
@@ -32,7 +33,7 @@ from flowmesh_core.errors import ExecutionError, FlowmeshError, PluginError
 from flowmesh_core.executor import API_VERSION, Executor, ExecutorInfo, Outcome, RunContext
 from flowmesh_core.inputs import Inputs
 from flowmesh_core.places.frames import Decoder, FrameError, encode
-from flowmesh_core.places.settle import as_execution_error, as_outcome
+from flowmesh_core.places.settle import answer_group, as_execution_error, as_outcome
 
 __all__ = ["CONTROL_FD", "PROTOCOL_VERSION", "main"]
 
@@ -101,7 +102,7 @@ class _Child:
     def __init__(self, connection: Connection, info: ExecutorInfo) -> None:
         self._connection = connection
         self._info = info
-        self._inbox: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[_Run] | None] = queue.SimpleQueue()
         self._runs: dict[int, _Run] = {}
         self._wake: Callable[[], object] = lambda: None
         self._settings: Any = None
@@ -124,7 +125,9 @@ class _Child:
             deadline = None if remaining_s is None else time.monotonic() + remaining_s
             self._runs[channel] = _Run(channel, message, deadline)
             self._connection.send(channel, {"say": "taken"})
-            self._put(self._runs[channel])
+            group = message["group"]
+            if all(member in self._runs for member in group):
+                self._put([self._runs[member] for member in group])
         elif what == "unload":
             self._put(None)
         elif run := self._runs.get(channel):
@@ -135,8 +138,8 @@ class _Child:
                     Outcome.from_dict(message["outcome"])
                 )
 
-    def _put(self, run: _Run | None) -> None:
-        self._inbox.put(run)
+    def _put(self, group: list[_Run] | None) -> None:
+        self._inbox.put(group)
         self._wake()
 
     # On the main thread.
@@ -148,13 +151,13 @@ class _Child:
             return
         executor: Executor | None = None
         try:
-            ctx = self._context(first)
+            ctx = self._context(first[0])
             executor = self._load_class()(self._settings)
             executor.load(ctx)
         except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - executor boundary
-            self._say_outcome(first, Outcome(error=self._as_error(first, exc)), usable=False)
-            first = None
-        if first is not None and executor is not None:
+            for run in first:
+                self._say_outcome(run, Outcome(error=self._as_error(run, exc)), usable=False)
+        else:
             if inspect.iscoroutinefunction(executor.run):
                 asyncio.run(self._serve_coroutines(executor, first))
             else:
@@ -176,10 +179,24 @@ class _Child:
             raise PluginError(f"{self._info.target} must be a subclass of flowmesh_core.Executor")
         return cls
 
-    def _serve_in_turn(self, executor: Executor, run: _Run | None) -> None:
-        while run is not None:
-            self._answer(executor, run)
-            run = self._inbox.get()
+    def _serve_in_turn(self, executor: Executor, group: list[_Run] | None) -> None:
+        while group is not None:
+            if len(group) == 1:
+                self._answer(executor, group[0])
+            else:
+                self._answer_group(executor, group)
+            group = self._inbox.get()
+
+    def _answer_group(self, executor: Executor, group: list[_Run]) -> None:
+        runs = {run.task["task_id"]: run for run in group}
+        ctxs = []
+        for run in group:
+            try:
+                ctxs.append(self._context(run))
+            except FlowmeshError as exc:  # a spec that only this environment's model refuses
+                self._say_outcome(run, Outcome(error=exc))
+        for task_id, outcome in answer_group(executor, ctxs):
+            self._say_outcome(runs[task_id], outcome)
 
     def _answer(self, executor: Executor, run: _Run) -> None:
         try:
@@ -191,21 +208,22 @@ class _Child:
             outcome = Outcome(error=self._as_error(run, exc))
         self._say_outcome(run, outcome)
 
-    async def _serve_coroutines(self, executor: Executor, run: _Run | None) -> None:
+    async def _serve_coroutines(self, executor: Executor, group: list[_Run] | None) -> None:
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
         tasks: set[asyncio.Task[None]] = set()
-        while run is not None:
-            task = asyncio.ensure_future(self._answer_coroutine(executor, run))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            run.interrupt = lambda task=task: loop.call_soon_threadsafe(task.cancel)
+        while group is not None:
+            for run in group:
+                task = asyncio.ensure_future(self._answer_coroutine(executor, run))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                run.interrupt = functools.partial(loop.call_soon_threadsafe, task.cancel)
             while self._inbox.empty():
                 arrived.clear()
                 if self._inbox.empty():
                     await arrived.wait()
-            run = self._inbox.get()
+            group = self._inbox.get()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -53,6 +53,7 @@ class _Conversation:
     """What is said about one task."""
 
     job: Job
+    group: tuple[int, ...]
     answer: asyncio.Future[tuple[Outcome, bool]]
     taken: bool = False
     stopped: bool = False
@@ -160,15 +161,30 @@ class EngineProcess:
 
     # One task.
 
-    async def run(self, job: Job) -> Outcome:
+    def run_group(self, jobs: Sequence[Job]) -> list[asyncio.Task[Outcome]]:
+        """Run tasks as one batch; the child begins when it has heard of all."""
+        channels = tuple(next(self._channels) for _ in jobs)
+        return [
+            asyncio.ensure_future(self.run(job, channel, channels))
+            for job, channel in zip(jobs, channels, strict=True)
+        ]
+
+    async def run(self, job: Job, channel: int = 0, group: tuple[int, ...] = ()) -> Outcome:
         """Run one task.
+
+        Args:
+            job: The task.
+            channel: Given by ``run_group``.
+            group: The channels of all its members.
 
         Raises:
             CrashError: The process ended before it answered.
-            asyncio.CancelledError: The caller gave up; the process and all it started have ended.
+            asyncio.CancelledError: The caller gave up; the process and all it started have ended,
+                unless other members of its group still run.
         """
-        channel = next(self._channels)
-        conversation = _Conversation(job, self._loop.create_future())
+        channel = channel or next(self._channels)
+        group = group or (channel,)
+        conversation = _Conversation(job, group, self._loop.create_future())
         await self._pump.drain()
         self._conversations[channel] = conversation
         self._oom_kills = OomKills()
@@ -177,7 +193,7 @@ class EngineProcess:
             if self._process.ended.done():
                 raise self._gone()
             self._limit_memory()
-            self._send(channel, {"do": "run", **_describe(job)})
+            self._send(channel, {"do": "run", "group": group, **_describe(job)})
             outcome, usable = await conversation.answer
             self.usable = self.usable and usable
             self.served += 1
@@ -188,6 +204,8 @@ class EngineProcess:
                 raise StaleEngineError(str(exc)) from exc
             raise
         except asyncio.CancelledError:
+            if any(member in self._conversations for member in group if member != channel):
+                raise  # they must not suffer, and the process will be ended with the last
             self.distrust(f"task {job.ctx.task_id}, which ran in it too, did not stop")
             await asyncio.wait([self._process.ended], timeout=_KILL_S)
             raise

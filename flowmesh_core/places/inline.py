@@ -16,7 +16,8 @@ from typing import Any
 import attrs
 
 from flowmesh_core.executor import Capability, Executor, ExecutorInfo, Outcome, RunContext
-from flowmesh_core.places.base import Job, Place, PlaceContext, engine_key
+from flowmesh_core.merge import engine_key
+from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error, as_outcome
 
 __all__ = ["InlinePlace"]

@@ -6,18 +6,20 @@ An engine is unloaded by ending its process, so that its memory is back for cert
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 import attrs
 
 from flowmesh_core.config import child_environment
-from flowmesh_core.errors import CrashError
+from flowmesh_core.errors import CrashError, FlowmeshError
 from flowmesh_core.executor import Capability, Outcome
-from flowmesh_core.places.base import Job, Place, PlaceContext, engine_key
+from flowmesh_core.merge import engine_key
+from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.crash import is_out_of_memory
 from flowmesh_core.places.engine_process import EngineProcess, StaleEngineError
 from flowmesh_core.places.keeping import Keeper
@@ -70,20 +72,82 @@ class ProcessPlace(Place):
         return outcome
 
     async def _run(self, job: Job) -> Outcome:
-        devices = job.ctx.devices
-        key = _Key(
-            job.info.name, job.info.environment, engine_key(job.info, job.ctx.raw_spec), devices
-        )
-        engine = self._take(key) or self._begin(key, job)
+        key, engine = self._claim(job)
         try:
             await asyncio.shield(engine.started)
-            outcome = await engine.run(job)
-            if outcome.error is not None and is_out_of_memory(outcome.error):
-                engine.usable = False  # what it still holds is anybody's guess
-                raise CrashError(str(outcome.error), oom=True) from outcome.error
-            return outcome
+            return _without_shortage(engine, await engine.run(job))
         finally:
             self._put_back(key, engine)
+
+    def run_group(self, jobs: Sequence[Job]) -> list[asyncio.Task[Outcome]]:
+        """Run a batch in one child, as ``run`` does with one task."""
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Outcome]] = [loop.create_future() for _ in jobs]
+        running = asyncio.ensure_future(self._run_group(jobs, answers))
+
+        async def member(answer: asyncio.Future[Outcome]) -> Outcome:
+            try:
+                return await answer
+            finally:
+                if all(one.done() for one in answers):
+                    await asyncio.wait([running])
+
+        return [asyncio.ensure_future(member(answer)) for answer in answers]
+
+    async def _run_group(
+        self, jobs: Sequence[Job], answers: Sequence[asyncio.Future[Outcome]]
+    ) -> None:
+        try:
+            if await self._try_group(jobs, answers):
+                await self._try_group(jobs, answers)
+        except BaseException as exc:
+            for answer in answers:
+                if not answer.done():
+                    answer.set_exception(exc)
+            raise
+        errors = [None if answer.cancelled() else answer.exception() for answer in answers]
+        if any(isinstance(error, CrashError) and error.oom for error in errors):
+            await self._end_idle()
+
+    async def _try_group(
+        self, jobs: Sequence[Job], answers: Sequence[asyncio.Future[Outcome]]
+    ) -> bool:
+        """Run a batch; return whether a warm process had died unnoticed and nobody was answered."""
+        key, engine = self._claim(jobs[0])
+        try:
+            await asyncio.shield(engine.started)
+            runs = engine.run_group(jobs)
+            for answer, run in zip(answers, runs, strict=True):
+                answer.add_done_callback(functools.partial(_give_up, run))
+            stale = await asyncio.gather(
+                *(self._pass_on(engine, *pair) for pair in zip(runs, answers, strict=True))
+            )
+            return any(stale)
+        finally:
+            self._put_back(key, engine)
+
+    async def _pass_on(
+        self, engine: EngineProcess, run: asyncio.Task[Outcome], answer: asyncio.Future[Outcome]
+    ) -> bool:
+        try:
+            outcome = _without_shortage(engine, await run)
+        except StaleEngineError:
+            return True
+        except asyncio.CancelledError:
+            answer.cancel()
+        except FlowmeshError as exc:
+            if not answer.done():
+                answer.set_exception(exc)
+        else:
+            if not answer.done():
+                answer.set_result(outcome)
+        return False
+
+    def _claim(self, job: Job) -> tuple[_Key, EngineProcess]:
+        """Return an engine for a job, warm or about to start; ``_put_back`` must follow."""
+        info, ctx = job.info, job.ctx
+        key = _Key(info.name, info.environment, engine_key(info, ctx.raw_spec), ctx.devices)
+        return key, self._take(key) or self._begin(key, job)
 
     def stop(self, task_id: str) -> None:
         """Ask the executor to stop; its process ends when ``run`` is cancelled after the grace."""
@@ -223,3 +287,16 @@ class ProcessPlace(Place):
         for key, engine in self._idle():
             self._forget(key, engine)
             await engine.end()
+
+
+def _give_up(run: asyncio.Task[Outcome], answer: asyncio.Future[Outcome]) -> None:
+    if answer.cancelled():
+        run.cancel()
+
+
+def _without_shortage(engine: EngineProcess, outcome: Outcome) -> Outcome:
+    """Return an outcome, or raise when it says that memory ran out."""
+    if outcome.error is not None and is_out_of_memory(outcome.error):
+        engine.usable = False  # what it still holds is anybody's guess
+        raise CrashError(str(outcome.error), oom=True) from outcome.error
+    return outcome

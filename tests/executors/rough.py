@@ -9,11 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmesh_core import Capability, Executor, ExecutorInfo, RunContext, hookimpl
+import attrs
+
+from flowmesh_core import (
+    Capability,
+    ExecutionError,
+    Executor,
+    ExecutorInfo,
+    Outcome,
+    RunContext,
+    hookimpl,
+)
 
 # Stands in the command line of everything that these executors start, so that tests find it.
 MARK = "flowmesh-rough"
@@ -35,6 +45,11 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
 
     return [
         declare("rough", "Rough", engine_key=["model"]),
+        declare("rough.groups", "Groups", Capability.GROUP, group_key=["model", "inference"]),
+        attrs.evolve(
+            declare("rough.infers", "Groups", Capability.GROUP, group_key=["model", "inference"]),
+            task_types={"inference"},
+        ),
         declare("rough.gpu", "Rough", Capability.GPU),
         declare("rough.together", "Together", Capability.CONCURRENT, engine_key=["model"]),
         declare("rough.shrinks", "Shrinks", Capability.SHRINK),
@@ -262,3 +277,40 @@ class FailsToLoad(Executor):
 
     def run(self, ctx: RunContext) -> Mapping[str, Any]:
         return {}
+
+
+class Groups(Executor):
+    """Takes tasks together; ``spec.do`` says what one of them does."""
+
+    runs = 0
+
+    def run(self, ctx: RunContext) -> Mapping[str, Any]:
+        ((_, answer),) = list(self.run_group([ctx]))
+        if isinstance(answer, Outcome) and answer.error:
+            raise answer.error
+        return answer if isinstance(answer, Mapping) else answer.result
+
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
+        type(self).runs += 1
+        names = [ctx.task_id for ctx in ctxs]
+        for ctx in sorted(ctxs, key=lambda ctx: ctx.spec.get("s", 0)):
+            time.sleep(ctx.spec.get("s", 0))
+            do = ctx.spec.get("do")
+            if do == "fail":
+                yield ctx.task_id, Outcome(error=ExecutionError("this one alone"))
+            elif do == "raise":
+                raise ValueError("everybody who waits")
+            elif do == "die":
+                os._exit(5)
+            elif do == "forget":
+                continue
+            elif do == "shrink" and ctx.batch_scale == 1.0:
+                raise RuntimeError("CUDA out of memory")
+            elif do == "wait":
+                while not ctx.cancelled:
+                    time.sleep(0.01)
+            else:
+                (ctx.folder / "made.txt").write_text(ctx.task_id)
+                usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+                told = {"data": ctx.spec.get("data"), "with": names, "run": self.runs}
+                yield ctx.task_id, {**told, "scale": ctx.batch_scale, "usage": usage}

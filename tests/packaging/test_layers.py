@@ -27,7 +27,7 @@ LAYERS = (
     " merge ledger echo",
     "task_log task_progress",
     "plugins artifacts stores transports places telemetry",
-    "checking resources runner presence",
+    "checking resources batches runner presence",
     "worker",
     "local_run cli testing __main__",
 )
@@ -61,6 +61,7 @@ CATCHERS = {
     "plugins.py",
     "places/child.py",
     "places/inline.py",
+    "places/settle.py",
     "runner.py",
     "telemetry/heartbeat.py",
     "worker.py",

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from flowmesh_core.config import load_settings
 from flowmesh_core.errors import ExecutionError, InputError
 from flowmesh_core.executor import Artifact, Executor, ExecutorInfo, Outcome, RunContext
-from flowmesh_core.places.base import Job, PlaceContext, engine_key
+from flowmesh_core.merge import engine_key
+from flowmesh_core.places.base import Job, PlaceContext
 from flowmesh_core.places.inline import InlinePlace
 
 T = TypeVar("T")
