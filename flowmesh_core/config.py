@@ -27,6 +27,7 @@ __all__ = [
     "child_environment",
     "load_plugin_settings",
     "load_settings",
+    "plugin_variables",
     "read_environment",
 ]
 
@@ -373,6 +374,11 @@ def load_plugin_settings(
             for item in exc.errors(include_url=False)
         ]
         raise ConfigError("; ".join(problems)) from None
+
+
+def plugin_variables(model: type[BaseModel], *, plugin: str) -> tuple[str, ...]:
+    """Return the variables from which ``load_plugin_settings`` fills a model."""
+    return tuple(_variable_of(model, field, plugin) for field in model.model_fields)
 
 
 def _describe(

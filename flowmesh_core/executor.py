@@ -230,7 +230,7 @@ RunResult = Outcome | Mapping[str, Any]
 class ChildTask:
     """A task that an executor started with ``ctx.run_task``.
 
-    A coroutine awaits it; a plain ``run``, which has a thread of its own, calls ``result``.
+    A coroutine awaits it; a plain ``run`` calls ``result``.
     """
 
     def __init__(self, future: Future[Outcome]) -> None:
@@ -399,8 +399,8 @@ class Executor(abc.ABC):
     def run(self, ctx: RunContext) -> RunResult | Awaitable[RunResult]:
         """Do the work of one task.
 
-        A plain method gets a thread of its own; a coroutine runs on the event loop and must not
-        block it. Files go under ``ctx.folder`` only.
+        A plain method has its process's main thread, or a thread of its own when it runs inline;
+        a coroutine runs on an event loop and must not block it. Files go under ``ctx.folder`` only.
 
         Returns:
             The result as a mapping, or an ``Outcome`` that also names artifacts.

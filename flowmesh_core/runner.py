@@ -9,17 +9,21 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
-from flowmesh_core.batches import Batch, Guest, Lobby, Seats, copy_files
-from flowmesh_core.config import Settings, load_plugin_settings, read_environment
+from flowmesh_core.batches import copy_files
+from flowmesh_core.config import (
+    Settings,
+    load_plugin_settings,
+    plugin_variables,
+    read_environment,
+)
 from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
-    CancelledError,
     CrashError,
     DeadlineError,
     ExecutionError,
@@ -29,20 +33,22 @@ from flowmesh_core.errors import (
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
 from flowmesh_core.inputs import Inputs, hub_cache_folder, resolve_inputs
 from flowmesh_core.masking import SecretMask
-from flowmesh_core.merge import engine_key, group_key, work_key
+from flowmesh_core.merge import group_key, work_key
 from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error
 from flowmesh_core.plugins import ExecutorRegistry, Plugins, import_target, load_driver
-from flowmesh_core.resources import Grant, ResourceLedger, ResourceRequest, parse_resources
+from flowmesh_core.reservations import Reservation, Reservations, Stop
+from flowmesh_core.resources import ResourceLedger, parse_resources
 from flowmesh_core.task_log import TaskLog
 from flowmesh_core.task_progress import ProgressRecorder
 from flowmesh_core.templates import render_env
 from flowmesh_core.validation import validate_model
 from flowmesh_core.wire import encode_json
 
-__all__ = ["Reservation", "Runner", "RunnerEvents"]
+__all__ = ["Runner", "RunnerEvents"]
 
 _log = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
 
 
 @attrs.frozen(kw_only=True)
@@ -60,60 +66,6 @@ class RunnerEvents:
     progress_interval_s: float = 0.2
 
 
-def _new_future() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()
-
-
-@attrs.define(eq=False)
-class _Stop:
-    """The wish that one task should end; ``asked`` is done once somebody has it."""
-
-    reason: str = ""
-    retriable: bool = False
-    asked: asyncio.Future[None] = attrs.field(factory=_new_future)
-
-    def ask(self, reason: str, *, retriable: bool) -> None:
-        if not self.asked.done():
-            self.reason, self.retriable = reason, retriable
-            self.asked.set_result(None)
-
-    def check(self) -> None:
-        if self.asked.done():
-            raise self.error()
-
-    def error(self) -> CancelledError:
-        return CancelledError(self.reason, retriable=self.retriable)
-
-
-@attrs.define(eq=False)
-class _SharedGrant:
-    """What several dispatches of one batch hold together; the last one gives it back."""
-
-    grant: Grant
-    holders: int = 1
-
-    def release(self) -> None:
-        self.holders -= 1
-        if not self.holders:
-            self.grant.release()
-
-
-@attrs.frozen(kw_only=True)
-class Reservation:
-    """What a dispatch holds of the worker while it runs.
-
-    Attributes:
-        request: What its document asks for.
-        devices: GPUs that its tasks may use.
-        seats: Its place in a batch, when its executor takes groups.
-    """
-
-    request: ResourceRequest
-    devices: tuple[str, ...]
-    seats: Seats | None = None
-    grant: _SharedGrant
-
-
 @attrs.define(eq=False)
 class _Run:
     """What the runner holds about a task while it runs."""
@@ -122,7 +74,7 @@ class _Run:
     attempt: Attempt
     reservation: Reservation
     deadline: float | None
-    stop: _Stop
+    stop: Stop
     log: TaskLog
     progress: ProgressRecorder
     inline: frozenset[str] = frozenset()
@@ -130,6 +82,12 @@ class _Run:
     stopping: bool = False
     children: int = 0
     mask: SecretMask = attrs.field(factory=lambda: SecretMask({}))
+
+    def remaining_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def too_late(self) -> DeadlineError:
+        return DeadlineError(f"task {self.task.task_id} did not end before its deadline")
 
     def close(self) -> None:
         self.progress.close()
@@ -164,20 +122,22 @@ class Runner:
         self._plugins = plugins
         self._registry = registry
         self._fetcher = fetcher
-        self._ledger = ledger
+        self._reservations = Reservations(
+            ledger, window_s=settings.group_window_s, most=settings.group_max
+        )
         self._place_context = places
         self._events = events or RunnerEvents()
-        self._stops: dict[str, _Stop] = {}
-        self._lobby = Lobby(settings.group_max)
+        self._stops: dict[str, Stop] = {}
         self._places: dict[str, Place] = {}
         self._models: dict[str, Any] = {}
         self._plugin_settings: dict[str, Any] = {}
+        self._aliases: dict[str, tuple[str, ...]] = {}
         self._services: dict[str, asyncio.Task[None]] = {}
 
     @property
     def full(self) -> bool:
         """Whether another task would have to wait."""
-        return self._ledger.full or bool(self._ledger.waiting)
+        return self._reservations.full
 
     @property
     def services(self) -> Mapping[str, asyncio.Task[None]]:
@@ -188,7 +148,7 @@ class Runner:
 
     def admit(self, task_ids: Iterable[str]) -> None:
         """Let tasks be cancelled from now on, before they start too."""
-        self._stops |= {task_id: _Stop() for task_id in task_ids}
+        self._stops |= {task_id: Stop() for task_id in task_ids}
 
     def dismiss(self, task_ids: Iterable[str]) -> None:
         """Forget tasks that have ended."""
@@ -210,99 +170,21 @@ class Runner:
         stop.ask(reason, retriable=retriable)
         return True
 
-    @contextlib.asynccontextmanager
-    async def reserve(self, task: Task, *, size: int = 1) -> AsyncIterator[Reservation]:
-        """Wait for a slot and what ``spec.resources`` asks for, and hold it.
-
-        Dispatches of one group that wait together share the first one's reservation.
+    def reserve(
+        self, task: Task, *, size: int = 1
+    ) -> contextlib.AbstractAsyncContextManager[Reservation]:
+        """Wait for what a dispatch needs, and hold it.
 
         Args:
-            task: The leader of a dispatch.
+            task: Its leader.
             size: How many members it has.
 
         Raises:
             FlowmeshError: No executor serves the task, the machine can never meet the request,
                 or the task was cancelled while it waited.
         """
-        info = self._resolve(task)
-        where = f"task {task.task_id}"
-        request = parse_resources(task.common.resources, where=where)
-        uses_gpu = Capability.GPU in info.capabilities and not task.common.enforce_cpu
-        waiting = asyncio.ensure_future(
-            self._ledger.acquire(
-                request,
-                uses_gpu=uses_gpu,
-                priority=_priority(task),
-                engine=f"{info.name} {engine_key(info, task.spec)}",
-                shared=Capability.CONCURRENT in info.capabilities,
-            )
-        )
-        key = group_key(info, task)
-        guest = self._lobby.enter(f"{key} {task.common.resources}", size) if key else None
-        try:
-            held = await self._wait(waiting, self._stops[task.task_id], guest)
-            if isinstance(held, Grant):
-                held = await self._host(held, request, guest)
-        finally:
-            if guest is not None:
-                self._lobby.leave(guest)
-        try:
-            yield held
-        finally:
-            self._give_back(task.task_id, held)
-
-    async def _wait(
-        self, waiting: asyncio.Task[Grant], stop: _Stop, guest: Guest | None
-    ) -> Grant | Reservation:
-        """Return a grant of one's own or somebody else's reservation, whichever comes first."""
-        either: list[asyncio.Future[Any]] = [waiting, stop.asked]
-        if guest is not None:
-            either.append(guest.invited)
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        invited = guest is not None and guest.invited.done()
-        if not invited and not stop.asked.done():
-            return waiting.result()
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            (await waiting).release()
-        if guest is None or not invited:
-            raise stop.error()
-        reservation: Reservation = guest.invited.result()
-        return reservation
-
-    async def _host(
-        self, grant: Grant, request: ResourceRequest, guest: Guest | None
-    ) -> Reservation:
-        """Take along those that wait for the same, after a moment in which more may come."""
-        shared = _SharedGrant(grant)
-        if guest is None:
-            return Reservation(request=request, devices=grant.devices, grant=shared)
-        try:
-            await asyncio.sleep(self._settings.group_window_s)
-        except asyncio.CancelledError:
-            grant.release()
-            raise
-        batch = Batch()
-        for joining in self._lobby.take_along(guest):
-            shared.holders += 1
-            joining.invited.set_result(
-                Reservation(
-                    request=request,
-                    devices=grant.devices,
-                    seats=batch.seats(joining.size),
-                    grant=shared,
-                )
-            )
-        seats = batch.seats(guest.size)
-        return Reservation(request=request, devices=grant.devices, seats=seats, grant=shared)
-
-    def _give_back(self, task_id: str, held: Reservation) -> None:
-        if held.seats is not None:
-            held.seats.close()
-        if task_id in self._services:  # it keeps devices and memory
-            held.grant.grant.release_slot()
-        else:
-            held.grant.release()
+        info, stop = self._resolve(task), self._stops[task.task_id]
+        return self._reservations.hold(task, info, stop, size=size)
 
     def _resolve(self, task: Task) -> ExecutorInfo:
         return self._registry.resolve(
@@ -372,7 +254,7 @@ class Runner:
         attempt: Attempt,
         reservation: Reservation,
         deadline: float | None,
-        stop: _Stop,
+        stop: Stop,
         inline: frozenset[str] = frozenset(),
     ) -> _Run:
         task_id, events = task.task_id, self._events
@@ -417,7 +299,7 @@ class Runner:
             spec, secrets = render_env(spec, self._settings.env_allow, read_environment())
             run.mask = SecretMask(secrets)
         checked = self._validate(info, task, spec)
-        inputs = await self._gather(run, info, spec)
+        inputs = await _in_time(run, self._gather(run, info, spec))
         place_name, place = self._place(info)
         if place_name == "inline":
             run.inline |= {info.name}
@@ -430,6 +312,7 @@ class Runner:
             spec=spec,
             ctx=ctx,
             log=run.log,
+            variables=(*info.variables, *self._aliases.get(info.name, ())),
             memory_bytes=request.memory_bytes,
             gpu_memory_bytes=request.gpu_memory_bytes,
         )
@@ -500,6 +383,7 @@ class Runner:
         if info.settings and info.name not in self._plugin_settings:
             model = import_target(info.settings)
             self._plugin_settings[info.name] = load_plugin_settings(model, plugin=info.name)
+            self._aliases[info.name] = plugin_variables(model, plugin=info.name)
         return self._plugin_settings.get(info.name)
 
     def _place(self, info: ExecutorInfo) -> tuple[str, Place]:
@@ -550,7 +434,7 @@ class Runner:
         if run.stop.asked.done():
             error: FlowmeshError = run.stop.error()
         else:
-            error = DeadlineError(f"task {run.task.task_id} did not end before its deadline")
+            error = run.too_late()
         await self._stop(run, place, work)
         raise error
 
@@ -581,6 +465,7 @@ class Runner:
     ) -> None:
         """Keep a service running after its task has succeeded."""
         task_id = run.task.task_id
+        run.reservation.keep()
         service = asyncio.ensure_future(self._serve(run, place, work, ttl_s))
         self._services[task_id] = service
         service.add_done_callback(lambda _: self._end_lease(task_id, run.reservation))
@@ -588,7 +473,7 @@ class Runner:
     def _end_lease(self, task_id: str, reservation: Reservation) -> None:
         del self._services[task_id]
         self._stops.pop(task_id, None)
-        reservation.grant.release()
+        reservation.release()
 
     async def _serve(
         self, run: _Run, place: Place, work: asyncio.Task[Outcome], ttl_s: float | None
@@ -632,7 +517,7 @@ class Runner:
             self.dismiss([child.task_id])
 
     async def _bound_to(
-        self, parent: _Run, work: Coroutine[Any, Any, Outcome], stop: _Stop
+        self, parent: _Run, work: Coroutine[Any, Any, Outcome], stop: Stop
     ) -> Outcome:
         """Run a child that is cancelled with its parent."""
         task = asyncio.ensure_future(work)
@@ -652,15 +537,16 @@ class Runner:
             await place.close()
 
 
-def _priority(task: Task) -> int:
-    value = task.spec.get("priority")
-    if isinstance(value, int):
-        return value
-    if value is not None:
-        _log.warning(
-            "task %s: spec.priority %r is no whole number, taken as 0", task.task_id, value
-        )
-    return 0
+async def _in_time(run: _Run, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Wait for work that cannot be stopped, but not longer than its task may wait."""
+    task = asyncio.ensure_future(work)
+    either: list[asyncio.Future[Any]] = [task, run.stop.asked]
+    await asyncio.wait(either, timeout=run.remaining_s(), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        return task.result()
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    run.stop.check()
+    raise run.too_late()
 
 
 def _resolve_threadsafe(

@@ -44,8 +44,9 @@ from flowmesh_core.merge import failure_document, group_block, share_out
 from flowmesh_core.places.base import PlaceContext
 from flowmesh_core.plugins import Plugins, load_driver, load_plugins
 from flowmesh_core.presence import Presence
+from flowmesh_core.reservations import Reservation
 from flowmesh_core.resources import ResourceLedger
-from flowmesh_core.runner import Reservation, Runner, RunnerEvents
+from flowmesh_core.runner import Runner, RunnerEvents
 from flowmesh_core.stores.base import Store
 from flowmesh_core.telemetry.probes import GpuReader, usable_cores, usable_memory_bytes
 from flowmesh_core.transports.base import Delivery, Transport

@@ -45,6 +45,7 @@ class Job:
         spec: Plain data, secrets resolved; a place in another process validates it there.
         ctx: What the executor is told; its callbacks may be called from any thread.
         log: Takes what the executor's process prints.
+        variables: Environment variables that its process keeps, beside what all keep.
         memory_bytes: Most host memory that all its processes may use together, or None.
         gpu_memory_bytes: Memory that it wants on each of its GPUs, or None.
     """
@@ -53,6 +54,7 @@ class Job:
     spec: Mapping[str, Any]
     ctx: RunContext
     log: TaskLog
+    variables: tuple[str, ...] = ()
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
 

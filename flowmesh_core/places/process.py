@@ -190,7 +190,7 @@ class ProcessPlace(Place):
             await self._make_room(job)
             env = child_environment(
                 plugin=job.info.name,
-                variables=job.info.variables,
+                variables=job.variables,
                 devices=key.devices,
                 foreign=bool(job.info.environment),
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from pydantic import BaseModel, Field
 
 from flowmesh_core import (
     Capability,
@@ -50,6 +51,8 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
             declare("rough.infers", "Groups", Capability.GROUP, group_key=["model", "inference"]),
             task_types={"inference"},
         ),
+        declare("rough.fetches", "Rough", inputs={"checkpoint"}),
+        declare("rough.settings", "Licensed", settings=f"{__name__}:Settings"),
         declare("rough.gpu", "Rough", Capability.GPU),
         declare("rough.together", "Together", Capability.CONCURRENT, engine_key=["model"]),
         declare("rough.shrinks", "Shrinks", Capability.SHRINK),
@@ -314,3 +317,17 @@ class Groups(Executor):
                 usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
                 told = {"data": ctx.spec.get("data"), "with": names, "run": self.runs}
                 yield ctx.task_id, {**told, "scale": ctx.batch_scale, "usage": usage}
+
+
+class Settings(BaseModel):
+    """One under its own name, one under another's."""
+
+    level: str = "low"
+    licence: str = Field(default="demo", alias="ACME_LICENCE")
+
+
+class Licensed(Executor):
+    """Says what the operator decided."""
+
+    def run(self, ctx: RunContext) -> Mapping[str, Any]:
+        return {"level": self.settings.level, "licence": ctx.settings.licence}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -265,6 +266,15 @@ def test_a_child_sees_no_secret_of_the_worker(
     assert seen["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_settings_reach_the_process_under_whatever_name_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWMESH_ROUGH_SETTINGS_LEVEL", "high")
+    monkeypatch.setenv("ACME_LICENCE", "paid")
+    outcome = run(tmp_path, "", executor="rough.settings")
+    assert outcome.result == {"level": "high", "licence": "paid"}
+
+
 def test_every_report_is_a_line_and_subscribers_get_a_few_and_the_last(tmp_path: Path) -> None:
     heard: list[Any] = []
 
@@ -520,6 +530,20 @@ def test_cancelled_work_that_has_not_started_never_starts(tmp_path: Path) -> Non
     assert [report.code for report in reports.values()] == ["cancelled"] * 3
     assert not list(tmp_path.rglob("made.txt"))
     assert started == []
+
+
+def test_a_deadline_ends_the_fetching_of_inputs(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes the connection and is mute
+        port = silent.getsockname()[1]
+        threading.Timer(0.8, silent.close).start()  # the thread that fetches is joined at the end
+        outcome = run(
+            tmp_path,
+            "look_around",
+            executor="rough.fetches",
+            checkpoint={"load": {"type": "http", "url": f"http://127.0.0.1:{port}/model.tar"}},
+            timeoutSec=0.5,
+        )
+    assert isinstance(outcome.error, DeadlineError)
 
 
 # Services.

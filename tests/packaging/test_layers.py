@@ -27,7 +27,7 @@ LAYERS = (
     " merge ledger echo",
     "task_log task_progress",
     "plugins artifacts stores transports places telemetry",
-    "checking resources batches runner presence",
+    "checking resources batches reservations runner presence",
     "worker",
     "local_run cli testing __main__",
 )
