@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -184,7 +185,11 @@ class Artifact:
 
 
 def _files(values: Iterable[Artifact]) -> tuple[Artifact, ...]:
-    return tuple(values)
+    files = tuple(values)
+    for file in files:
+        if not isinstance(file, Artifact):
+            raise TypeError(f"artifacts must be Artifact objects, got {file!r}")
+    return files
 
 
 @attrs.frozen(kw_only=True)
@@ -343,11 +348,12 @@ class RunContext:
             if fraction is None and total:
                 fraction = min(step / total, 1.0)
         plain = {key: _as_json(value) for key, value in values.items()}
-        self.on_progress({"fraction": _as_json(fraction), "message": message, **plain})
+        self.on_progress({"fraction": _as_json(fraction), "message": str(message), **plain})
 
     def log(self, message: str, *, level: str = "info") -> None:
         """Write one line to the task's log."""
-        self.on_log(level, message)
+        name = level if isinstance(level, str) else logging.getLevelName(level)
+        self.on_log(name, str(message))
 
     def ready(self, result: RunResult, *, ttl_s: float | None = None) -> None:
         """Say that a service is up: the task has succeeded while ``run`` goes on.

@@ -13,7 +13,7 @@ import attrs
 
 from flowmesh_core.artifacts.layout import RESULT_NAME
 from flowmesh_core.config import Settings
-from flowmesh_core.contract import parse_message, parse_task
+from flowmesh_core.contract import CANCEL, parse_message, parse_task
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.events import TASK_FAILED, TASK_SUCCEEDED, LogChunk, TaskEvent, WorkerEvent
 from flowmesh_core.plugins import Plugins
@@ -114,7 +114,9 @@ class LocalRun:
         """Stop running tasks and start no more; ``run`` returns soon after."""
         self._cancelled = True
         for task_id in (*self._running, *self._worker.services):
-            self._worker.cancel(task_id, "interrupted")
+            # By the queue: a task that was just submitted has not reached the worker yet.
+            order = {"type": CANCEL, "task_id": task_id, "reason": "interrupted"}
+            self._transport.submit_control(encode_json(order))
 
     async def _stay_for_services(self) -> None:
         used = {task_id for task in self.workflow.tasks for task_id in task.depends_on}

@@ -25,9 +25,11 @@ class SecretMask:
     """
 
     def __init__(self, secrets: Mapping[str, str]) -> None:
+        self._set({value: f"${{env.{name}}}" for name, value in secrets.items() if value})
+
+    def _set(self, names: Mapping[str, str]) -> None:
         # Longest first: one secret may contain another.
-        ordered = sorted(secrets.items(), key=lambda item: -len(item[1]))
-        self._names = {value: f"${{env.{name}}}" for name, value in ordered if value}
+        self._names = dict(sorted(names.items(), key=lambda item: -len(item[0])))
         self._pattern = re.compile("|".join(map(re.escape, self._names))) if self._names else None
         if self._names:
             # As the environment holds them: bytes that are no text stay what they were.
@@ -36,6 +38,14 @@ class SecretMask:
                 for value, name in self._names.items()
             }
             self._in_bytes = re.compile(b"|".join(map(re.escape, self._bytes)))
+
+    def joined(self, other: SecretMask) -> SecretMask:
+        """Return a mask for the secrets of both."""
+        if not other._names or other._names.items() <= self._names.items():
+            return self
+        both = SecretMask({})
+        both._set(self._names | other._names)
+        return both
 
     def text(self, text: str) -> str:
         """Return the text without secrets."""

@@ -20,6 +20,8 @@ from flowmesh_core.resources import Grant, ResourceLedger, ResourceRequest, pars
 __all__ = ["Reservation", "Reservations", "Stop"]
 
 _log = logging.getLogger(__name__)
+# So many never give back: what is lent belongs to somebody else.
+_FOR_EVER = 1 << 60
 
 
 def _new_future() -> asyncio.Future[None]:
@@ -60,9 +62,9 @@ class _SharedGrant:
 
     def leave(self) -> None:
         """Hold it no more, or only its slot no more while a service keeps the rest."""
-        if self.kept:
+        if self.kept and self.holders == 1:
             self.grant.release_slot()
-        else:
+        elif not self.kept:
             self.release()
 
     def release(self) -> None:
@@ -85,6 +87,11 @@ class Reservation:
     devices: tuple[str, ...]
     seats: Seats | None = None
     _grant: _SharedGrant
+
+    def lent(self, request: ResourceRequest) -> Reservation:
+        """Return what a task may use that another one started; nothing is given back by it."""
+        grant = _SharedGrant(self._grant.grant, holders=_FOR_EVER)
+        return Reservation(request=request, devices=self.devices, grant=grant)
 
     def keep(self) -> None:
         """Let a service keep devices and memory until ``release``."""

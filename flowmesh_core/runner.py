@@ -49,6 +49,8 @@ __all__ = ["Runner", "RunnerEvents"]
 
 _log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
+# How long a place may take to end what was given up.
+_END_S = 20.0
 
 
 @attrs.frozen(kw_only=True)
@@ -81,6 +83,8 @@ class _Run:
     seated: bool = False
     stopping: bool = False
     children: int = 0
+    offspring: dict[str, Stop] = attrs.field(factory=dict)
+    living: set[asyncio.Task[Outcome]] = attrs.field(factory=set)
     mask: SecretMask = attrs.field(factory=lambda: SecretMask({}))
 
     def remaining_s(self) -> float | None:
@@ -148,7 +152,10 @@ class Runner:
 
     def admit(self, task_ids: Iterable[str]) -> None:
         """Let tasks be cancelled from now on, before they start too."""
-        self._stops |= {task_id: Stop() for task_id in task_ids}
+        for task_id in task_ids:
+            if task_id in self._services:
+                self.cancel(task_id, "it was dispatched again")
+            self._stops[task_id] = Stop()
 
     def dismiss(self, task_ids: Iterable[str]) -> None:
         """Forget tasks that have ended."""
@@ -169,6 +176,11 @@ class Runner:
             return False
         stop.ask(reason, retriable=retriable)
         return True
+
+    def cancel_all(self, reason: str, *, retriable: bool) -> None:
+        """Ask every task that is here to stop, started or not."""
+        for stop in self._stops.values():
+            stop.ask(reason, retriable=retriable)
 
     def reserve(
         self, task: Task, *, size: int = 1
@@ -283,6 +295,7 @@ class Runner:
         except Exception as exc:  # noqa: BLE001 - executor boundary: every failure is an outcome
             outcome = Outcome(error=_as_error(run, exc))
         finally:
+            await self._end_offspring(run)
             run.close()
             if run.reservation.seats is not None and not run.seated:
                 run.reservation.seats.give_up()
@@ -297,7 +310,7 @@ class Runner:
         spec: Any = task.spec
         if b"${" in encode_json(spec):  # most documents name no secret, and this look is cheap
             spec, secrets = render_env(spec, self._settings.env_allow, read_environment())
-            run.mask = SecretMask(secrets)
+            run.mask = run.mask.joined(SecretMask(secrets))
         checked = self._validate(info, task, spec)
         inputs = await _in_time(run, self._gather(run, info, spec))
         place_name, place = self._place(info)
@@ -312,6 +325,7 @@ class Runner:
             spec=spec,
             ctx=ctx,
             log=run.log,
+            mask=run.mask,
             variables=(*info.variables, *self._aliases.get(info.name, ())),
             memory_bytes=request.memory_bytes,
             gpu_memory_bytes=request.gpu_memory_bytes,
@@ -454,7 +468,7 @@ class Runner:
         await asyncio.wait({work}, timeout=grace_s)
         if not work.done():
             work.cancel()
-            await asyncio.wait({work}, timeout=grace_s)
+            await asyncio.wait({work}, timeout=_END_S)
         if work.done() and not work.cancelled() and work.exception() is None:
             _log.info("task %s ended while it was being stopped", run.task.task_id)
 
@@ -468,12 +482,15 @@ class Runner:
         run.reservation.keep()
         service = asyncio.ensure_future(self._serve(run, place, work, ttl_s))
         self._services[task_id] = service
-        service.add_done_callback(lambda _: self._end_lease(task_id, run.reservation))
+        service.add_done_callback(lambda done: self._end_lease(run, done))
 
-    def _end_lease(self, task_id: str, reservation: Reservation) -> None:
-        del self._services[task_id]
-        self._stops.pop(task_id, None)
-        reservation.release()
+    def _end_lease(self, run: _Run, service: asyncio.Task[None]) -> None:
+        task_id = run.task.task_id
+        if self._services.get(task_id) is service:
+            del self._services[task_id]
+        if self._stops.get(task_id) is run.stop:
+            del self._stops[task_id]
+        run.reservation.release()
 
     async def _serve(
         self, run: _Run, place: Place, work: asyncio.Task[Outcome], ttl_s: float | None
@@ -484,8 +501,8 @@ class Runner:
         if not work.done():
             _log.info("service of task %s: stopping", task_id)
             await self._stop(run, place, work)
-        elif not work.cancelled() and (error := work.exception()) is not None:
-            _log.error("service of task %s ended: %s", task_id, error)
+        elif not work.cancelled() and (error := work.exception() or work.result().error):
+            _log.error("service of task %s ended: %s", task_id, run.mask.text(str(error)))
 
     # Tasks that a task starts.
 
@@ -504,28 +521,41 @@ class Runner:
         attempt = Attempt(task_id=child.task_id, number=1, folder=folder, final=folder)
         where = f"task {child.task_id}"
         request = parse_resources(child.common.resources, where=where)
-        reservation = attrs.evolve(parent.reservation, request=request, seats=None)
+        reservation = parent.reservation.lent(request)
         self.admit([child.task_id])
-        stop = self._stops[child.task_id]
+        stop = parent.offspring[child.task_id] = self._stops[child.task_id]
         limit_s = child.common.timeout_s
         ends = [parent.deadline, None if limit_s is None else time.monotonic() + limit_s]
         deadline = min((end for end in ends if end is not None), default=None)
         run = self._begin(child, attempt, reservation, deadline, stop, parent.inline)
-        try:
-            return await self._bound_to(parent, self._run(run), stop)
-        finally:
-            self.dismiss([child.task_id])
+        run.mask = parent.mask
+        return await self._bound_to(parent, self._run(run), stop, child.task_id)
 
     async def _bound_to(
-        self, parent: _Run, work: Coroutine[Any, Any, Outcome], stop: Stop
+        self, parent: _Run, work: Coroutine[Any, Any, Outcome], stop: Stop, task_id: str
     ) -> Outcome:
-        """Run a child that is cancelled with its parent."""
+        """Run a child that is cancelled with its parent, or when its parent gives it up."""
         task = asyncio.ensure_future(work)
+        parent.living.add(task)
+        task.add_done_callback(lambda _: self.dismiss([task_id]))
         waiting: list[asyncio.Future[Any]] = [task, parent.stop.asked]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            stop.ask("the task that started it has given it up", retriable=False)
+            raise
         if not task.done():
             stop.ask(parent.stop.reason, retriable=parent.stop.retriable)
-        return await task
+        return await asyncio.shield(task)
+
+    async def _end_offspring(self, run: _Run) -> None:
+        """End the tasks that a task started and left, and their services."""
+        for stop in run.offspring.values():
+            stop.ask("the task that started it has ended", retriable=False)
+        services = [self._services[key] for key in run.offspring if key in self._services]
+        living: list[asyncio.Task[Any]] = [*run.living, *services]
+        if living:
+            await asyncio.wait(living)
 
     async def close(self) -> None:
         """End services and unload every engine."""

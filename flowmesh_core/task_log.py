@@ -173,6 +173,10 @@ class TaskLog:
             if masked:
                 file.add(masked)
 
+    def masked(self, text: str) -> str:
+        """Return a text without the secrets that are known by now."""
+        return self._mask().text(text)
+
     def line(self, level: str, message: str) -> None:
         """Append one line with time and level to ``logs/task.log``."""
         text = f"{utc_now()} {level.upper()} {self._mask().text(message)}\n"

@@ -477,8 +477,7 @@ class Worker:
             return_when=asyncio.FIRST_COMPLETED,
         )
         hurry.cancel()
-        for task_id in self._ledger.held:
-            self._runner.cancel(task_id, "the worker is stopping", retriable=True)
+        self._runner.cancel_all("the worker is stopping", retriable=True)
         await ended
 
     async def _leave(self) -> None:

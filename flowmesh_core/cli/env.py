@@ -138,7 +138,8 @@ def _interruptible() -> Iterator[None]:
     def interrupt(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job ignores SIGINT
+        signal.signal(number, interrupt)
     try:
         yield
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import attrs
 
 from flowmesh_core.config import Settings
 from flowmesh_core.executor import Executor, ExecutorInfo, Outcome, RunContext
+from flowmesh_core.masking import SecretMask
 from flowmesh_core.task_log import TaskLog
 
 __all__ = ["Job", "Place", "PlaceContext"]
@@ -45,6 +46,7 @@ class Job:
         spec: Plain data, secrets resolved; a place in another process validates it there.
         ctx: What the executor is told; its callbacks may be called from any thread.
         log: Takes what the executor's process prints.
+        mask: The secrets that the document names.
         variables: Environment variables that its process keeps, beside what all keep.
         memory_bytes: Most host memory that all its processes may use together, or None.
         gpu_memory_bytes: Memory that it wants on each of its GPUs, or None.
@@ -54,6 +56,7 @@ class Job:
     spec: Mapping[str, Any]
     ctx: RunContext
     log: TaskLog
+    mask: SecretMask = attrs.field(factory=lambda: SecretMask({}))
     variables: tuple[str, ...] = ()
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None

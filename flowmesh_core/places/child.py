@@ -23,16 +23,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
 
-from flowmesh_core.errors import ExecutionError, FlowmeshError, PluginError
+from flowmesh_core.errors import CancelledError, ExecutionError, FlowmeshError, PluginError
 from flowmesh_core.executor import API_VERSION, Executor, ExecutorInfo, Outcome, RunContext
 from flowmesh_core.inputs import Inputs
-from flowmesh_core.places.frames import Decoder, FrameError, encode
+from flowmesh_core.places.frames import Decoder, encode
 from flowmesh_core.places.settle import answer_group, as_execution_error, as_outcome
 
 __all__ = ["CONTROL_FD", "PROTOCOL_VERSION", "main"]
@@ -50,16 +50,21 @@ class Connection:
         self._socket = stream
         self._sending = threading.Lock()
         self._decoder = Decoder()
+        self._owner = os.getpid()
 
     def send(self, channel: int, message: Mapping[str, Any]) -> None:
-        """Send one message; without a worker to hear it the process ends at once."""
+        """Send one message; without a worker to hear it the process ends at once.
+
+        A fork of the executor's own has nothing to say.
+        """
+        if os.getpid() != self._owner:
+            return
         for frame in encode(channel, message):
             try:
                 with self._sending:
                     self._socket.sendall(frame)
             except OSError as exc:
-                os.write(2, f"fatal: the connection to the worker is lost: {exc}\n".encode())
-                os._exit(_LOST)
+                _give_up(exc)
 
     def receive(self) -> list[tuple[int, Any]] | None:
         """Wait for what comes next; None when the worker is gone."""
@@ -75,9 +80,17 @@ class _Run:
     task: Mapping[str, Any]
     deadline: float | None
     stopping: bool = False
+    begun: bool = False
+    beginning: threading.Lock = attrs.field(factory=threading.Lock)
     interrupt: Callable[[], object] | None = None
     children: dict[int, Future[Outcome]] = attrs.field(factory=dict)
     numbers: itertools.count[int] = attrs.field(factory=itertools.count)
+
+    def begin(self) -> bool:
+        """Return whether nobody has begun it, or answered it, before."""
+        with self.beginning:
+            first, self.begun = not self.begun, True
+        return first
 
     def stop(self, grace_s: float) -> None:
         """Let the executor see it; a coroutine that does not look is cancelled after a while."""
@@ -106,17 +119,20 @@ class _Child:
         self._runs: dict[int, _Run] = {}
         self._wake: Callable[[], object] = lambda: None
         self._settings: Any = None
+        self._pid = os.getpid()
         self._spec_model: Any = None
 
     # On the listening thread.
 
     def listen(self) -> None:
         """Take messages until the worker says goodbye or is gone."""
-        with contextlib.suppress(OSError, FrameError):
+        try:
             while (messages := self._connection.receive()) is not None:
                 for channel, message in messages:
                     self._take(channel, message)
-        self._put(None)
+            self._put(None)
+        except BaseException as exc:  # noqa: BLE001 - a deaf process is of no use
+            _give_up(exc)
 
     def _take(self, channel: int, message: Mapping[str, Any]) -> None:
         what = message["do"]
@@ -133,10 +149,11 @@ class _Child:
         elif run := self._runs.get(channel):
             if what == "stop":
                 run.stop(message["grace_s"])
+                if run.begin():  # it waits for the engine, or for others
+                    error = CancelledError(f"task {run.task['task_id']} was cancelled")
+                    self._say_outcome(run, Outcome(error=error))
             else:
-                run.children.pop(message["number"]).set_result(
-                    Outcome.from_dict(message["outcome"])
-                )
+                _resolve(run.children.pop(message["number"]), message["outcome"])
 
     def _put(self, group: list[_Run] | None) -> None:
         self._inbox.put(group)
@@ -150,11 +167,13 @@ class _Child:
         if first is None:
             return
         executor: Executor | None = None
+        first = [run for run in first if run.begin()]
         try:
-            ctx = self._context(first[0])
-            executor = self._load_class()(self._settings)
-            executor.load(ctx)
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - executor boundary
+            cls = self._load_class()
+            executor = cls(self._settings)
+            if first:
+                executor.load(self._context(first[0]))
+        except BaseException as exc:  # noqa: BLE001 - executor boundary
             for run in first:
                 self._say_outcome(run, Outcome(error=self._as_error(run, exc)), usable=False)
         else:
@@ -183,9 +202,14 @@ class _Child:
         while group is not None:
             if len(group) == 1:
                 self._answer(executor, group[0])
-            else:
+            elif group:
                 self._answer_group(executor, group)
-            group = self._inbox.get()
+            group = self._next()
+
+    def _next(self) -> list[_Run] | None:
+        """Wait for the next tasks and begin those that nobody has cancelled meanwhile."""
+        group = self._inbox.get()
+        return None if group is None else [run for run in group if run.begin()]
 
     def _answer_group(self, executor: Executor, group: list[_Run]) -> None:
         runs = {run.task["task_id"]: run for run in group}
@@ -204,8 +228,10 @@ class _Child:
             if inspect.isawaitable(answer):
                 answer = asyncio.run(_await(answer))
             outcome = as_outcome(executor, answer)
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - executor boundary
+        except BaseException as exc:  # noqa: BLE001 - executor boundary
             outcome = Outcome(error=self._as_error(run, exc))
+        if os.getpid() != self._pid:
+            os._exit(0)  # a fork that came back from `run`
         self._say_outcome(run, outcome)
 
     async def _serve_coroutines(self, executor: Executor, group: list[_Run] | None) -> None:
@@ -223,7 +249,7 @@ class _Child:
                 arrived.clear()
                 if self._inbox.empty():
                     await arrived.wait()
-            group = self._inbox.get()
+            group = self._next()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -234,7 +260,7 @@ class _Child:
             outcome = as_outcome(executor, await answer)
         except asyncio.CancelledError:
             outcome = Outcome(error=ExecutionError("the executor cancelled itself"))
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - executor boundary
+        except BaseException as exc:  # noqa: BLE001 - executor boundary
             outcome = Outcome(error=self._as_error(run, exc))
         self._say_outcome(run, outcome)
 
@@ -299,7 +325,7 @@ class _Child:
         del self._runs[run.channel]
         try:
             self._say(run.channel, "outcome", outcome=outcome.to_dict(), usable=usable)
-        except (TypeError, ValueError, RecursionError) as exc:
+        except Exception as exc:  # noqa: BLE001 - what an executor answers may be anything
             error = ExecutionError(f"the result cannot be sent: {exc}")
             self._say(run.channel, "outcome", outcome=Outcome(error=error).to_dict(), usable=usable)
 
@@ -311,10 +337,21 @@ async def _await(answer: Any) -> Any:
 def _flush_output() -> None:
     """Push out what Python and C still buffer: the worker reads the task's output to its end."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the executor may close it
+        with contextlib.suppress(Exception):  # the executor may close or replace it
             stream.flush()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).fflush(None)
+
+
+def _resolve(future: Future[Outcome], outcome: Mapping[str, Any]) -> None:
+    with contextlib.suppress(InvalidStateError):  # the executor gave up on it
+        future.set_result(Outcome.from_dict(outcome))
+
+
+def _give_up(exc: BaseException) -> NoReturn:
+    """End the process: it cannot hear its worker any more."""
+    os.write(2, f"fatal: the connection to the worker is lost: {exc!r}\n".encode())
+    os._exit(_LOST)
 
 
 def _refuse(connection: Connection, text: str) -> NoReturn:

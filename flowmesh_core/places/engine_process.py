@@ -13,9 +13,11 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -26,7 +28,7 @@ from flowmesh_core.masking import SecretMask
 from flowmesh_core.places.base import Job, PlaceContext
 from flowmesh_core.places.child import PROTOCOL_VERSION
 from flowmesh_core.places.crash import OomKills, explain_exit
-from flowmesh_core.places.frames import Decoder, FrameError, encode
+from flowmesh_core.places.frames import Decoder, encode
 from flowmesh_core.places.keeping import Keeper, KeptProcess
 from flowmesh_core.places.memory import MemoryWatch, Watch, tree_pids
 from flowmesh_core.places.output import OutputPump
@@ -70,7 +72,7 @@ class _Protocol(asyncio.Protocol):
         try:
             for channel, message in self._decoder.feed(data):
                 self._engine.take(channel, message)
-        except (FrameError, LookupError, TypeError) as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it said, the worker goes on
             self._engine.distrust(f"it said what cannot be read: {exc}")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -83,10 +85,9 @@ class EngineProcess:
     Args:
         info: The executor that it runs.
         context: The worker.
-        number: Unique among the worker's children.
     """
 
-    def __init__(self, info: ExecutorInfo, context: PlaceContext, number: int) -> None:
+    def __init__(self, info: ExecutorInfo, context: PlaceContext) -> None:
         self.info = info
         self.users = 0
         self.served = 0
@@ -96,7 +97,8 @@ class EngineProcess:
         self.usable = True
         self.concurrent = Capability.CONCURRENT in info.capabilities
         self._context = context
-        self._folder = context.folder / "engines" / f"{info.name}-{number}"
+        self._mask = SecretMask({})
+        self._unusable: FlowmeshError | None = None
         self._conversations: dict[int, _Conversation] = {}
         self._channels = itertools.count(1)
         self._distrusted = ""
@@ -113,23 +115,37 @@ class EngineProcess:
         """
         self._loop = asyncio.get_running_loop()
         self._hung_up = self._loop.create_future()
-        (self._folder / "logs").mkdir(parents=True, exist_ok=True)
+        engines = self._context.folder / "engines"
+        engines.mkdir(exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{self.info.name}-", dir=engines))
+        (self._folder / "logs").mkdir()
         self._log = TaskLog(
             self._folder,
-            mask=lambda: SecretMask({}),
+            mask=lambda: self._mask,
             publish=lambda _stream, _offset, _data: None,
             max_bytes=self._context.settings.task_log_max_bytes,
         )
+        try:
+            ours = await self._spawn(keeper, env)
+        except BaseException:
+            self._log.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        self._ended = self._process.ended
+        self._watch: Watch = memory.watch(self._process.minder_pid, None, self._exceeded)
+        self._transport, _ = await self._loop.create_connection(lambda: _Protocol(self), sock=ours)
+        self._over = self._loop.create_task(self._conclude())
+        self._send(0, self._start_message())
+
+    async def _spawn(self, keeper: Keeper, env: Mapping[str, str]) -> socket.socket:
+        """Start the process and the reading of its output; return our end of its socket."""
         ours, theirs = socket.socketpair()
         out, child_out = os.pipe()
         err, child_err = os.pipe()
+        python = self._context.pythons.get(self.info.environment, sys.executable)
         try:
             self._process: KeptProcess = await keeper.spawn(
-                [
-                    str(self._context.pythons.get(self.info.environment, sys.executable)),
-                    "-c",
-                    _MAIN,
-                ],
+                [str(python), "-c", _MAIN],
                 env=env,
                 cwd=self._folder,
                 control=theirs.fileno(),
@@ -146,10 +162,7 @@ class EngineProcess:
             os.close(child_out)
             os.close(child_err)
         self._pump = OutputPump(out, err, self._log)
-        self._watch: Watch = memory.watch(self._process.minder_pid, None, self._exceeded)
-        self._transport, _ = await self._loop.create_connection(lambda: _Protocol(self), sock=ours)
-        self._process.ended.add_done_callback(lambda _: self._loop.create_task(self._over()))
-        self._send(0, self._start_message())
+        return ours
 
     def _start_message(self) -> dict[str, Any]:
         return {
@@ -186,16 +199,21 @@ class EngineProcess:
         group = group or (channel,)
         conversation = _Conversation(job, group, self._loop.create_future())
         await self._pump.drain()
+        if not self._conversations:
+            self._pump.forget()
+            self._oom_kills = OomKills()
         self._conversations[channel] = conversation
-        self._oom_kills = OomKills()
+        self._mask = self._mask.joined(job.mask)
         self._direct_output()
         try:
-            if self._process.ended.done():
+            if self._ended.done():
                 raise self._gone()
+            job.ctx.check()  # the wish to stop may be older than the process
             self._limit_memory()
             self._send(channel, {"do": "run", "group": group, **_describe(job)})
             outcome, usable = await conversation.answer
-            self.usable = self.usable and usable
+            if not usable:
+                self.usable, self._unusable = False, outcome.error
             self.served += 1
             await self._pump.drain()
             return outcome
@@ -207,11 +225,13 @@ class EngineProcess:
             if any(member in self._conversations for member in group if member != channel):
                 raise  # they must not suffer, and the process will be ended with the last
             self.distrust(f"task {job.ctx.task_id}, which ran in it too, did not stop")
-            await asyncio.wait([self._process.ended], timeout=_KILL_S)
+            await asyncio.wait([self._ended], timeout=_KILL_S)
             raise
         finally:
             del self._conversations[channel]
             self._direct_output()
+            if self._conversations:
+                self._limit_memory()
             if conversation.stopped and not self.concurrent and self._started_others():
                 self.usable = False  # nobody waits for them any more
 
@@ -249,7 +269,7 @@ class EngineProcess:
             ctx.on_progress(message["values"])
         elif what == "log":
             ctx.on_log(message["level"], message["message"])
-        elif what == "ready":
+        elif what == "ready" and Capability.SERVICE in self.info.capabilities:
             self._pump.redirect(self._log)
             ctx.on_ready(Outcome.from_dict(message["outcome"]), message["ttl_s"])
         elif what == "run_task":
@@ -294,7 +314,7 @@ class EngineProcess:
         self._loop.call_later(_HANG_UP_S, self._end_silent)
 
     def _end_silent(self) -> None:
-        if not self._process.ended.done():
+        if not self._ended.done():
             self.distrust("it closed its connection to the worker")
 
     def _exceeded(self, used_bytes: int) -> None:
@@ -303,10 +323,11 @@ class EngineProcess:
             self.distrust, f"it used {used_bytes} bytes, more than its task may"
         )
 
-    async def _over(self) -> None:
-        """Everything has ended: give those that still wait the reason."""
+    async def _conclude(self) -> None:
+        """When everything has ended, give those that still wait the reason."""
+        await self._ended
         self.usable = False
-        await self._hung_up
+        await asyncio.wait([self._hung_up], timeout=_HANG_UP_S)
         await asyncio.to_thread(self._pump.join, _KILL_S)
         self._watch.stop()
         self._transport.close()
@@ -318,11 +339,13 @@ class EngineProcess:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _crashed(self) -> bool:
-        status = self._process.ended.result()
+        status = self._ended.result()
         return status.code != 0 and not self._distrusted
 
-    def _gone(self) -> CrashError:
-        status = self._process.ended.result()
+    def _gone(self) -> FlowmeshError:
+        if self._unusable is not None:  # the engine could not be loaded, for whoever waited too
+            return self._unusable
+        status = self._ended.result()
         if self._distrusted and not self._watch.exceeded:
             return CrashError(
                 f"executor {self.info.name}: its process was ended: {self._distrusted}"
@@ -331,7 +354,7 @@ class EngineProcess:
             what=f"executor {self.info.name}",
             code=status.code,
             signal=status.signal,
-            output_tail=self._pump.tail,
+            output_tail=self._mask.text(self._pump.tail),
             watch=self._watch,
             machine_limit_bytes=usable_memory_bytes(),
             oom_kills=self._oom_kills.since(),
@@ -362,14 +385,14 @@ class EngineProcess:
     async def end(self) -> None:
         """Unload by ending the process; when this returns it is gone, and its memory with it."""
         self.usable = False
-        ended = self._process.ended
-        if not ended.done():
+        if not self._ended.done():
             self._send(0, {"do": "unload"})
-            await asyncio.wait([ended], timeout=_UNLOAD_S)
-        if not ended.done():
+            await asyncio.wait([self._ended], timeout=_UNLOAD_S)
+        if not self._ended.done():
             _log.warning("executor %s did not unload within %g s", self.info.name, _UNLOAD_S)
             self.distrust("it did not unload")
-            await asyncio.wait([ended], timeout=_KILL_S)
+            await asyncio.wait([self._ended], timeout=_KILL_S)
+        await asyncio.wait([self._over], timeout=_KILL_S)
 
     @property
     def memory_bytes(self) -> int:
@@ -378,6 +401,8 @@ class EngineProcess:
 
 
 def _settled(done: Future[Outcome]) -> Outcome:
+    if done.cancelled():
+        return Outcome(error=FlowmeshError("the child task was given up"))
     error = done.exception()
     if error is None:
         return done.result()

@@ -7,10 +7,13 @@ One engine per executor stays warm. Python cannot end a thread, so a plain ``run
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import attrs
@@ -64,7 +67,11 @@ class InlinePlace(Place):
         except _AbandonedError:
             engine.executor = None
             raise
-        except SystemExit as exc:
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            raise
+        except BaseException as exc:
             raise as_execution_error(exc) from exc
         finally:
             engine.users -= 1
@@ -119,21 +126,57 @@ async def _on_thread(
     executor: Executor, method: Callable[[RunContext], Any], ctx: RunContext
 ) -> Any:
     """Call a method of the executor; a cancelled task leaves the executor to the thread's end."""
-    loop = asyncio.get_running_loop()
-    work = loop.run_in_executor(None, contextvars.copy_context().run, method, ctx)
+    call = _Call(method, ctx)
     try:
-        return await asyncio.shield(work)
+        return await asyncio.wrap_future(call.start())
     except asyncio.CancelledError:
-        if work.done():
+        if not call.abandon(executor):
             raise
-        work.add_done_callback(lambda _work: loop.run_in_executor(None, _unload, executor))
         raise _AbandonedError from None
+
+
+class _Call:
+    """One call on a thread of its own: what never returns takes no thread from others."""
+
+    def __init__(self, method: Callable[[RunContext], Any], ctx: RunContext) -> None:
+        self._method, self._ctx = method, ctx
+        self._future: Future[Any] = Future()
+        self._ending = threading.Lock()
+        self._ended = False
+        self._orphan: Executor | None = None
+
+    def start(self) -> Future[Any]:
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._run,), name="flowmesh-inline").start()
+        return self._future
+
+    def _run(self) -> None:
+        answer, error = None, None
+        try:
+            answer = self._method(self._ctx)
+        except Exception as exc:  # noqa: BLE001 - executor boundary
+            error = as_execution_error(exc) if isinstance(exc, StopIteration) else exc
+        except BaseException as exc:  # noqa: BLE001 - it must not end the worker
+            error = as_execution_error(exc)
+        with self._ending:
+            self._ended = True
+        if self._orphan is not None:
+            _unload(self._orphan)
+        with contextlib.suppress(InvalidStateError):  # given up
+            self._future.set_result(answer) if error is None else self._future.set_exception(error)
+
+    def abandon(self, executor: Executor) -> bool:
+        """Let the thread unload the executor when it ends; return whether it still runs."""
+        with self._ending:
+            if not self._ended:
+                self._orphan = executor
+            return not self._ended
 
 
 def _unload(executor: Executor) -> None:
     try:
         executor.unload()
-    except (Exception, SystemExit):  # noqa: BLE001 - executor boundary: the next task is not to blame
+    except BaseException:  # noqa: BLE001 - executor boundary: the next task is not to blame
         _log.exception("executor %s: unload raised", type(executor).__name__)
 
 

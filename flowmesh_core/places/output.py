@@ -59,6 +59,10 @@ class OutputPump:
         """The end of what was printed on standard error, at most 4 KiB."""
         return self._tail.decode(errors="replace")
 
+    def forget(self) -> None:
+        """Forget the end of what was printed: the next task is not to blame for it."""
+        self._tail = b""
+
     def redirect(self, sink: Sink) -> None:
         """Send what is read from now on elsewhere; call ``drain`` before, when that matters."""
         self._sink = sink

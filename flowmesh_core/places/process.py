@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import logging
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import attrs
@@ -54,7 +53,8 @@ class ProcessPlace(Place):
         self._memory = MemoryWatch()
         self._gpus = GpuReader(visible_devices=context.settings.visible_devices)
         self._engines: dict[_Key, list[EngineProcess]] = {}
-        self._numbers = itertools.count(1)
+        # What was forgotten may still run tasks, or be ending.
+        self._alive: set[EngineProcess] = set()
         self._ending: set[asyncio.Task[None]] = set()
 
     async def run(self, job: Job) -> Outcome:
@@ -151,7 +151,7 @@ class ProcessPlace(Place):
 
     def stop(self, task_id: str) -> None:
         """Ask the executor to stop; its process ends when ``run`` is cancelled after the grace."""
-        for engine in self._all():
+        for engine in self._alive:
             engine.stop(task_id, self.context.settings.cancel_grace_s)
 
     async def close(self) -> None:
@@ -166,9 +166,6 @@ class ProcessPlace(Place):
 
     # The pool.
 
-    def _all(self) -> Iterator[EngineProcess]:
-        return itertools.chain.from_iterable(list(self._engines.values()))
-
     def _take(self, key: _Key) -> EngineProcess | None:
         for engine in list(self._engines.get(key, ())):
             if not engine.usable:
@@ -179,7 +176,8 @@ class ProcessPlace(Place):
         return None
 
     def _begin(self, key: _Key, job: Job) -> EngineProcess:
-        engine = EngineProcess(job.info, self.context, next(self._numbers))
+        engine = EngineProcess(job.info, self.context)
+        self._alive.add(engine)
         self._engines.setdefault(key, []).append(engine)
         engine.users += 1
         engine.started = asyncio.ensure_future(self._start(engine, key, job))
@@ -249,6 +247,7 @@ class ProcessPlace(Place):
         await asyncio.wait([engine.started])
         if engine.started.exception() is None:
             await engine.end()
+        self._alive.discard(engine)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -266,7 +265,7 @@ class ProcessPlace(Place):
                 continue  # taken while another one ended
             _log.info("executor %s: ended to make room for %s", key.executor, job.info.name)
             self._forget(key, engine)
-            await engine.end()
+            await self._end(engine)
 
     def _fits(self, job: Job) -> bool:
         total = usable_memory_bytes()
@@ -286,7 +285,7 @@ class ProcessPlace(Place):
         """Give back all memory that no task uses."""
         for key, engine in self._idle():
             self._forget(key, engine)
-            await engine.end()
+            await self._end(engine)
 
 
 def _give_up(run: asyncio.Task[Outcome], answer: asyncio.Future[Outcome]) -> None:

@@ -19,7 +19,9 @@ def as_outcome(executor: Executor, answer: Any) -> Outcome:
         ExecutionError: It is neither a mapping nor an outcome.
     """
     if isinstance(answer, Outcome):
-        return answer
+        if answer.error is None or isinstance(answer.error, FlowmeshError):
+            return answer
+        return Outcome(error=as_execution_error(answer.error))
     if isinstance(answer, Mapping):
         return Outcome(result=answer)
     raise ExecutionError(
@@ -47,7 +49,9 @@ def answer_group(executor: Executor, ctxs: Sequence[RunContext]) -> Iterator[tup
         for task_id, answer in executor.run_group(ctxs):
             _strike_off(waiting, task_id)
             yield task_id, _as_member_outcome(executor, answer)
-    except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - executor boundary
+    except GeneratorExit:
+        raise
+    except BaseException as exc:  # noqa: BLE001 - executor boundary
         error = as_execution_error(exc)
         if error is not exc:
             text = "".join(traceback.format_exception(exc))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stevedore.extension import ExtensionManager
 
 from flowmesh_core.config import load_settings
 from flowmesh_core.testing import TaskRun, run_task
@@ -22,6 +23,8 @@ def staged_place_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (installed / "entry_points.txt").write_text(ENTRY_POINTS)
     monkeypatch.syspath_prepend(str(EXECUTORS))
     monkeypatch.syspath_prepend(str(installed.parent))
+    # Each process looks for drivers once.
+    monkeypatch.setattr(ExtensionManager, "ENTRY_POINT_CACHE", {})
 
 
 def run(results: Path, **spec: Any) -> TaskRun:
