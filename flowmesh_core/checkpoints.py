@@ -202,7 +202,7 @@ def _breadth_first(folder: Path) -> Iterator[Path]:
 
 def bring(origin: Origin, fetcher: Fetcher, folder: Path) -> Path:
     """Return the weights of an origin; what must be downloaded or unpacked goes to ``folder``."""
-    path = existing(origin.path) if origin.path else None
+    path = next(filter(None, map(existing, _local_texts(origin))), None)
     if path is not None:
         return _enter(path, origin, fetcher, folder)
     task = fetcher.locate_task(origin.task_id) if origin.task_id else None
@@ -223,6 +223,14 @@ def bring(origin: Origin, fetcher: Fetcher, folder: Path) -> Path:
         timeout_s=origin.timeout_s or _DOWNLOAD_TIMEOUT_S,
     )
     return _enter(file, origin, fetcher, folder)
+
+
+def _local_texts(origin: Origin) -> Iterator[str]:
+    """Yield what may be a path: a local stage gives its archive's path where others give a URL."""
+    if origin.path:
+        yield origin.path
+    if origin.url and origin.url.startswith("/"):
+        yield origin.url
 
 
 def _enter(path: Path, origin: Origin, fetcher: Fetcher, folder: Path) -> Path:

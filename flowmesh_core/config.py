@@ -250,7 +250,11 @@ class Settings:
     orchestrator_token: str | None = _var("ORCHESTRATOR_TOKEN", _text, show=False)
     env_allow: tuple[str, ...] = _var("FLOWMESH_ENV_ALLOW", _names, ())
     http_allow: tuple[str, ...] = _var("FLOWMESH_HTTP_ALLOW", _names, ())
+    upload_optional: bool = _var("FLOWMESH_UPLOAD_OPTIONAL", _flag, False)
     delivery_retries: int = _var("FLOWMESH_DELIVERY_RETRIES", _whole(0), 5)
+    # Downloads.
+    cache_dir: Path | None = _var("FLOWMESH_CACHE_DIR", _folder)  # noqa: RUF009 - it makes a field
+    cache_max_bytes: int = _var("FLOWMESH_CACHE_MAX_BYTES", _whole(1), 20 << 30)
     # Plugins.
     only_plugins: tuple[str, ...] = _var("FLOWMESH_ONLY_PLUGINS", _names, ())
     disable_plugins: tuple[str, ...] = _var("FLOWMESH_DISABLE_PLUGINS", _names, ())

@@ -14,6 +14,8 @@ from typing import Any
 
 import attrs
 
+from flowmesh_core.artifacts.archive import PackOptions
+from flowmesh_core.artifacts.download_cache import DownloadCache
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt, TaskFolders
 from flowmesh_core.artifacts.network import NetworkPolicy
@@ -129,7 +131,14 @@ class Worker:
             settings, self.transport, self.plugins, gpus=gpus if self._gpus else None
         )
         self._stores: dict[str, Store] = {}
-        self._artifacts = ArtifactPipeline(self._store_for, fsync=settings.fsync)
+        self._artifacts = ArtifactPipeline(
+            self._store_for,
+            fsync=settings.fsync,
+            packing=PackOptions.from_settings(settings),
+            upload_optional=settings.upload_optional,
+            cleanup_after_upload=settings.cleanup_after_upload,
+            on_progress=self._presence.say_progress,
+        )
         self._ledger = TaskLedger()
         self._handling: set[asyncio.Task[None]] = set()
         self._concluding = asyncio.Semaphore(settings.max_concurrent_tasks)
@@ -165,7 +174,13 @@ class Worker:
             settings,
             self.plugins,
             self.registry,
-            Fetcher(policy=NetworkPolicy.from_settings(settings), results_dir=self.folders.root),
+            Fetcher(
+                policy=NetworkPolicy.from_settings(settings),
+                results_dir=self.folders.root,
+                cache=DownloadCache(folder=settings.cache_dir, max_bytes=settings.cache_max_bytes)
+                if settings.cache_dir
+                else None,
+            ),
             ledger=ResourceLedger(
                 settings.max_concurrent_tasks, usable_cores(), usable_memory_bytes(), self._gpus
             ),

@@ -1,11 +1,13 @@
 """Downloads into a folder, and finds what earlier tasks left; the one door for reading the network.
 
 A file appears under its name only when it is whole. What was cut off is resumed when the server
-can tell that the file is still the same one.
+can tell that the file is still the same one; what was fetched before is taken from the cache when
+the server says that it has not changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import time
@@ -16,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import attrs
 
+from flowmesh_core.artifacts.download_cache import CachedFile, DownloadCache
 from flowmesh_core.artifacts.network import NetworkPolicy, build_client, mask_url
 from flowmesh_core.artifacts.unpack import UnpackLimits, archive_kind, unpack
 from flowmesh_core.contract import check_task_id
@@ -44,12 +47,14 @@ class Fetcher:
     Attributes:
         policy: Which hosts may be asked, and who gets the token.
         results_dir: Where task folders lie.
+        cache: Keeps what was fetched for tasks to come; None keeps nothing.
         attempts: How often a download is tried before it fails.
         sleep: Waits between tries; in seconds.
     """
 
     policy: NetworkPolicy
     results_dir: Path
+    cache: DownloadCache | None = None
     attempts: int = 5
     limits: UnpackLimits = attrs.field(factory=UnpackLimits)
     sleep: Callable[[float], None] = time.sleep
@@ -89,6 +94,7 @@ class Fetcher:
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
         max_bytes: int | None = None,
+        sha256: str | None = None,
     ) -> Path:
         """Bring a file into a folder.
 
@@ -99,6 +105,7 @@ class Fetcher:
             headers: What the document adds; the orchestrator's token is added for its origin.
             timeout_s: For connecting and for each read, not in total.
             max_bytes: A larger file is refused.
+            sha256: In hex; another file is refused.
 
         Raises:
             ArtifactError: The policy refuses the URL or one that it is redirected to.
@@ -116,14 +123,25 @@ class Fetcher:
                     headers=self.policy.headers_for(url, headers),
                     part=part,
                     max_bytes=max_bytes,
+                    known=self.cache.find(url) if self.cache else None,
                 )
                 self._persist(download)
+            self._verify(download, sha256)
             part.replace(target)
         except OSError as exc:
             raise InputError(f"{mask_url(url)} cannot be written to {folder}: {exc}") from exc
         finally:
             part.unlink(missing_ok=True)
         return target
+
+    def _verify(self, download: _Download, sha256: str | None) -> None:
+        found = download.digest.hexdigest()
+        if sha256 and found != sha256.lower():
+            raise InputError(
+                f"{mask_url(download.url)} must have the SHA-256 {sha256}, got {found}"
+            )
+        if self.cache and not download.unchanged:
+            self.cache.keep(download.url, download.validator, download.part, found)
 
     def _persist(self, download: _Download) -> None:
         for tried in range(1, self.attempts + 1):
@@ -155,8 +173,11 @@ class _Download:
 
     Attributes:
         part: Holds what has come so far.
+        known: What an earlier download of this URL left, or None.
         validator: The server's mark of this very content, or empty; without one a new try
             begins at the start.
+        digest: Of what has come so far.
+        unchanged: The server said so, and the cached file was taken.
     """
 
     client: httpx.Client
@@ -164,7 +185,10 @@ class _Download:
     headers: Mapping[str, str]
     part: Path
     max_bytes: int | None
+    known: CachedFile | None = None
     validator: str = ""
+    digest: hashlib._Hash = attrs.field(factory=hashlib.sha256)
+    unchanged: bool = False
 
     def advance(self) -> None:
         """Fetch what is missing.
@@ -179,14 +203,26 @@ class _Download:
         wanted = {**self.headers, "Accept-Encoding": "identity"}
         if have:
             wanted |= {"Range": f"bytes={have}-", "If-Range": self.validator}
+        elif self.known:
+            wanted |= self.known.condition
         try:
             with self.client.stream("GET", self.url, headers=wanted) as response:
+                if response.status_code == 304 and self.known:
+                    return self._reuse(self.known)
                 self._refuse(response)
                 self._take(response, have)
         except httpx.TransportError as exc:
             raise _CutError(f"{type(exc).__name__}: {exc}") from exc
         except (httpx.InvalidURL, httpx.HTTPError) as exc:
             raise InputError(f"{mask_url(self.url)}: {type(exc).__name__}: {exc}") from exc
+
+    def _reuse(self, known: CachedFile) -> None:
+        self._check_size(known.size_bytes)
+        self.known = None  # whatever goes wrong, the next try asks for the file itself
+        digest = known.copy_to(self.part)
+        if digest is None:
+            raise _CutError("the cached file was damaged or removed")
+        self.digest, self.unchanged = digest, True
 
     def _refuse(self, response: httpx.Response) -> None:
         status = response.status_code
@@ -208,11 +244,14 @@ class _Download:
         if start == 0:
             self.validator = _validator(response) if plain else ""
         self._check_size(total or 0)
+        if start == 0:
+            self.digest = hashlib.sha256()
         written = start
         with self.part.open("r+b" if start else "wb") as file:
             file.seek(start)
             for chunk in response.iter_raw() if plain else response.iter_bytes():
                 written += file.write(chunk)
+                self.digest.update(chunk)
                 self._check_size(written)
         if plain and total is not None and written != total:
             raise _CutError(f"expected {total} bytes, got {written}")

@@ -18,7 +18,7 @@ from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME
 from flowmesh_core.errors import ManifestError
 from flowmesh_core.wire import utc_now
 
-__all__ = ["build_manifest"]
+__all__ = ["build_manifest", "measure_folder", "normalise_name"]
 
 _EXPECTED = ("artifacts", "logs", RESULT_NAME)
 
@@ -36,13 +36,13 @@ def build_manifest(
         task_id: Named in the manifest.
         folder: The task's or the attempt's folder; paths in the manifest are relative to it.
         expected: ``spec.output.artifacts``; listed as ``missing`` when absent.
-        digests: SHA-256 of files that the caller has hashed already, by name.
+        digests: SHA-256 of files that the caller has hashed already, by path below the folder.
 
     Raises:
         ManifestError: A file vanished or cannot be read while it was listed.
     """
     now = utc_now()
-    required = sorted({_normalise(name) for name in expected}.union(_EXPECTED) - {""})
+    required = sorted({normalise_name(name) for name in expected}.union(_EXPECTED) - {""})
     known = digests or {}
     try:
         present = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
@@ -56,7 +56,8 @@ def build_manifest(
     return {"task_id": task_id, "generated_at": now, "entries": entries}
 
 
-def _normalise(name: str) -> str:
+def normalise_name(name: str) -> str:
+    """Return a name of ``output.artifacts`` as the manifest lists it."""
     name = name.strip().rstrip("/")
     while name.startswith("./"):
         name = name[2:]
@@ -82,7 +83,7 @@ def _entry(
         return {**entry, "status": "missing"}
     entry.update(status="present", updated_at=now, size=status.st_size)
     if stat.S_ISDIR(status.st_mode):
-        entry["size"], entry["file_count"] = _measure(f"{folder}/{name}")
+        entry["size"], entry["file_count"] = measure_folder(f"{folder}/{name}")
     elif stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
         entry["sha256"] = digest or _sha256(folder / name)
     return entry
@@ -107,13 +108,13 @@ def _find(folder: Path, name: str) -> os.stat_result | None:
         raise
 
 
-def _measure(folder: str) -> tuple[int, int]:
+def measure_folder(folder: str) -> tuple[int, int]:
     """Return bytes and number of the regular files below a folder, links left out."""
     size = count = 0
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                inner_size, inner_count = _measure(entry.path)
+                inner_size, inner_count = measure_folder(entry.path)
                 size, count = size + inner_size, count + inner_count
             elif entry.is_file(follow_symlinks=False):
                 size, count = size + entry.stat(follow_symlinks=False).st_size, count + 1

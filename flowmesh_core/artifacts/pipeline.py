@@ -1,17 +1,23 @@
-"""From an outcome to a folder that is written whole and a result that is delivered."""
+"""From an outcome to a folder that is written whole and a result that is delivered.
+
+Export, pack, ship, write, commit, deliver: in that order, each file read once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
+from flowmesh_core.artifacts.archive import PackOptions
 from flowmesh_core.artifacts.jsonl_export import write_jsonl_export
-from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME, Attempt, confine
+from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME, Attempt
 from flowmesh_core.artifacts.manifest import build_manifest
+from flowmesh_core.artifacts.shipping import Progress, Sender, Shipping
 from flowmesh_core.contract import Destination, Task
 from flowmesh_core.errors import ArtifactError
 from flowmesh_core.executor import Artifact, Outcome
@@ -25,27 +31,41 @@ __all__ = ["ArtifactPipeline"]
 _LARGE_BYTES = 1 << 18
 
 
-class _Store(Protocol):
-    async def upload(
-        self, task_id: str, path: Path, final: Path, destination: Destination
-    ) -> dict[str, Any]: ...
-
+class _Store(Sender, Protocol):
     async def deliver(
         self, task_id: str, result: Mapping[str, Any], destination: Destination
     ) -> None: ...
 
 
 class ArtifactPipeline:
-    """Exports, uploads, writes, commits and delivers.
+    """Exports, packs, ships, writes, commits and delivers.
 
     Args:
         store_for: Gives the store of a destination type.
         fsync: Write through to the disk before the result is announced.
+        packing: How folders are compressed.
+        upload_optional: A failed upload is a warning, and the result has no address.
+        cleanup_after_upload: Remove a folder, its archive and the checkpoints once the store has
+            given the archive back unchanged.
+        on_progress: Told of uploads, by task id, about once a second.
     """
 
-    def __init__(self, store_for: Callable[[str], _Store], *, fsync: bool = False) -> None:
+    def __init__(
+        self,
+        store_for: Callable[[str], _Store],
+        *,
+        fsync: bool = False,
+        packing: PackOptions | None = None,
+        upload_optional: bool = False,
+        cleanup_after_upload: bool = False,
+        on_progress: Progress | None = None,
+    ) -> None:
         self._store_for = store_for
         self._fsync = fsync
+        self._packing = packing or PackOptions(fsync=fsync)
+        self._upload_optional = upload_optional
+        self._cleanup = cleanup_after_upload
+        self._on_progress = on_progress
 
     async def finish(self, task: Task, attempt: Attempt, outcome: Outcome) -> Mapping[str, Any]:
         """Write a successful outcome whole.
@@ -56,20 +76,20 @@ class ArtifactPipeline:
 
         Raises:
             ArtifactError: A file that the outcome names is missing, leads out of the folder, or
-                could not be written or shipped.
+                could not be written or packed.
+            UploadError: It could not be shipped; the attempt keeps it.
         """
         result = dict(outcome.result)
         artifacts = list(outcome.artifacts)
         if "postprocess" in task.spec:
             artifacts += await self._export(task, attempt, result)
-        for artifact in artifacts:
-            await self._ship(task, attempt, artifact, result)
+        digests = await self._ship(task, attempt, artifacts, result) if artifacts else {}
         body = _encode(task, result)
         try:
             if self._takes_long(task, attempt, body):
-                await asyncio.to_thread(self._write, task, attempt, body)
+                await asyncio.to_thread(self._write, task, attempt, body, digests)
             else:
-                self._write(task, attempt, body)
+                self._write(task, attempt, body, digests)
         except OSError as exc:
             raise ArtifactError(
                 f"task {task.task_id}: cannot write {attempt.final}: {exc}", retriable=True
@@ -113,28 +133,54 @@ class ArtifactPipeline:
         return [Artifact(block["relative_path"], result_key="jsonl_export")]
 
     async def _ship(
-        self, task: Task, attempt: Attempt, artifact: Artifact, result: dict[str, Any]
-    ) -> None:
-        path = confine(attempt.folder, artifact.path)
-        if not path.is_file():
-            raise ArtifactError(f"task {task.task_id}: artifact {artifact.path} was not written")
-        store = self._store_for(task.destination.type)
-        final = attempt.final / artifact.path
-        told = await store.upload(task.task_id, path, final, task.destination)
-        if artifact.result_key:
-            known = result.get(artifact.result_key)
-            result[artifact.result_key] = {**(known if isinstance(known, dict) else {}), **told}
+        self, task: Task, attempt: Attempt, artifacts: Iterable[Artifact], result: dict[str, Any]
+    ) -> dict[str, str]:
+        """Ship everything; return the digests that were taken on the way."""
+        if task.destination.type != "local":
+            _check_names(task, artifacts)
+        shipping = Shipping(
+            task=task,
+            attempt=attempt,
+            store=self._store_for(task.destination.type),
+            result=result,
+            options=self._packing,
+            optional=self._upload_optional,
+            on_progress=self._on_progress,
+        )
+        for artifact in artifacts:
+            await shipping.ship(artifact)
+        if self._cleanup:
+            try:
+                shipping.clear_away()
+            except OSError as exc:
+                raise ArtifactError(
+                    f"task {task.task_id}: what was shipped cannot be cleared away: {exc}"
+                ) from exc
+        return shipping.digests
 
-    def _write(self, task: Task, attempt: Attempt, body: bytes) -> None:
+    def _write(self, task: Task, attempt: Attempt, body: bytes, digests: Mapping[str, str]) -> None:
         attempt.write(RESULT_NAME, body, fsync=self._fsync)
         manifest = build_manifest(
             task.task_id,
             attempt.folder,
             expected=task.common.output.artifacts,
-            digests={RESULT_NAME: hashlib.sha256(body).hexdigest()},
+            digests={**digests, RESULT_NAME: hashlib.sha256(body).hexdigest()},
         )
         attempt.write(MANIFEST_NAME, encode_json(manifest), fsync=self._fsync)
         attempt.commit(fsync=self._fsync)
+
+
+def _check_names(task: Task, artifacts: Iterable[Artifact]) -> None:
+    """Refuse files that would replace each other: a destination knows them by their last name."""
+    names = Counter(
+        PurePosixPath(item.path).name + (".tar.gz" if item.archive else "") for item in artifacts
+    )
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise ArtifactError(
+            f"task {task.task_id}: several artifacts are named {', '.join(twice)} and would"
+            " replace each other; give each a name of its own"
+        )
 
 
 def _encode(task: Task, result: Mapping[str, Any]) -> bytes:

@@ -3,12 +3,13 @@
 Source: the contract's result delivery. The result goes as ``{task_id, result, worker_id}`` to
 ``destination.url``, files as multipart field ``file`` to ``<url>/<task_id>/files``. Connection
 errors, 429 and 5xx are tried again with growing pauses, so that one bad answer does not repeat
-the work of the task.
+the work of the task. What was sent is asked for again, and must be the same bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,16 +18,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from flowmesh_core.artifacts.network import NetworkPolicy, build_async_client
+from flowmesh_core.artifacts.parcel import Parcel, Receipt
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Destination
 from flowmesh_core.errors import ArtifactError, UploadError
 from flowmesh_core.stores.base import Store
+from flowmesh_core.stores.multipart import FileForm
+from flowmesh_core.stores.pace import Pace
 from flowmesh_core.wire import encode_json
 
 if TYPE_CHECKING:  # loaded when the first task is to be delivered
     import httpx
 
-    _Post = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
+    _Request = Callable[[httpx.AsyncClient], Awaitable[int]]
 
 __all__ = ["HttpStore"]
 
@@ -35,6 +39,12 @@ _RESULT_TIMEOUT_S = 15.0
 _FILE_TIMEOUT_S = 30.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 10.0
+# A server may store and hash what it got before it answers; slower than this counts as stalled.
+_SLOW_SERVER_BYTES_PER_S = 10e6
+# How often a file is sent whole when what arrived is not what was sent.
+_MOST_SENDS = 3
+# Answers of a server that takes files and does not show them.
+_HIDDEN = frozenset({401, 403, 405, 501})
 
 
 class HttpStore(Store):
@@ -43,37 +53,90 @@ class HttpStore(Store):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._policy = NetworkPolicy.from_settings(settings)
+        self._pace = Pace(settings.network_bandwidth_bytes_per_s)
         self._client: httpx.AsyncClient | None = None
 
     async def upload(
         self, task_id: str, path: Path, final: Path, destination: Destination
     ) -> dict[str, Any]:
-        """Post one file; the timeout is per read and write, not for the whole file."""
-        url = _below(destination.url or "", task_id, "files")
-        headers = {k: v for k, v in destination.headers.items() if k.lower() != "content-type"}
+        """Post one file; the timeout is for each read and write, not for the whole file."""
+        return await self._post(Parcel(task_id, path, final), destination)
+
+    async def send(self, parcel: Parcel, destination: Destination) -> Receipt:
+        """Post one file as it grows, then fetch it and compare its SHA-256."""
+        for _ in range(_MOST_SENDS):
+            told = await self._post(parcel, destination)
+            verified, problem = await self._look_back(parcel, destination, told["url"])
+            if not problem:
+                return Receipt(told=told, verified=verified)
+            _log.warning("task %s: %s; sending it again", parcel.task_id, problem)
+        raise UploadError(
+            f"task {parcel.task_id}: {problem}, after it was sent {_MOST_SENDS} times"
+        )
+
+    async def _post(self, parcel: Parcel, destination: Destination) -> dict[str, Any]:
+        url = _below(destination.url or "", parcel.task_id, "files")
         timeout_s = destination.timeout_s or _FILE_TIMEOUT_S
+        given = {k: v for k, v in destination.headers.items() if k.lower() != "content-type"}
 
-        async def post(client: httpx.AsyncClient) -> httpx.Response:
-            with path.open("rb") as file:
-                return await client.request(
-                    "POST",
-                    url,
-                    files={"file": (path.name, file, "application/octet-stream")},
-                    headers=self._policy.headers_for(url, headers),
-                    timeout=timeout_s,
-                )
+        async def post(client: httpx.AsyncClient) -> int:
+            form = FileForm(parcel, self._pace)
+            response = await client.request(
+                "POST",
+                url,
+                content=form,
+                headers=self._policy.headers_for(url, given | form.headers()),
+                timeout=_patience(timeout_s, parcel.most_bytes),
+            )
+            return response.status_code
 
-        await self._send(post, f"task {task_id}: upload of {path.name}", url)
-        address = _below(destination.url or "", task_id, "files", path.name)
+        name = parcel.path.name
+        await self._persist(post, f"task {parcel.task_id}: upload of {name} to", url)
+        address = _below(destination.url or "", parcel.task_id, "files", name)
         return {
             "url": address,
             "download_url": address,
             "path": address,
             "uploaded": True,
-            "artifact_name": path.name,
-            "host_path": f"artifacts/{path.name}",
+            "artifact_name": name,
+            "host_path": f"artifacts/{name}",
             "download_timeoutSec": timeout_s,
         }
+
+    async def _look_back(
+        self, parcel: Parcel, destination: Destination, address: str
+    ) -> tuple[bool, str]:
+        """Return whether the file arrived as it is, or else what is wrong with it."""
+        seen_bytes, digest, status = 0, hashlib.sha256(), 0
+
+        async def get(client: httpx.AsyncClient) -> int:
+            nonlocal seen_bytes, digest, status
+            seen_bytes, digest = 0, hashlib.sha256()
+            headers = self._policy.headers_for(address, destination.headers)
+            timeout = _patience(destination.timeout_s or _FILE_TIMEOUT_S, parcel.most_bytes)
+            async with client.stream(
+                "GET", address, headers=headers | {"Accept-Encoding": "identity"}, timeout=timeout
+            ) as response:
+                status = response.status_code
+                async for chunk in response.aiter_raw():
+                    digest.update(chunk)
+                    seen_bytes += len(chunk)
+            return 200 if status in _HIDDEN else status
+
+        name = parcel.path.name
+        await self._persist(get, f"task {parcel.task_id}: check of {name} at", address)
+        if status in _HIDDEN:
+            _log.warning(
+                "task %s: %s was taken, but the server does not show it (HTTP %d)",
+                *(parcel.task_id, name, status),
+            )
+            return False, ""
+        if digest.hexdigest() == parcel.sha256:
+            return True, ""
+        return False, (
+            f"{name} did not arrive as it is: it has {parcel.size_bytes} bytes, the server shows"
+            f" {seen_bytes}, with another SHA-256"
+        )
 
     async def deliver(
         self, task_id: str, result: Mapping[str, Any], destination: Destination
@@ -83,33 +146,28 @@ class HttpStore(Store):
         body = encode_json(
             {"task_id": task_id, "result": result, "worker_id": self.settings.worker_id}
         )
-        await self._pace(len(body))
+        await self._pace.wait(len(body))
         headers = dict(destination.headers)
         if not any(name.lower() == "content-type" for name in headers):
             headers["Content-Type"] = "application/json"
 
-        async def post(client: httpx.AsyncClient) -> httpx.Response:
-            return await client.request(
+        async def post(client: httpx.AsyncClient) -> int:
+            response = await client.request(
                 destination.method.upper(),
                 url,
                 content=body,
                 headers=self._policy.headers_for(url, headers),
                 timeout=destination.timeout_s or _RESULT_TIMEOUT_S,
             )
+            return response.status_code
 
-        await self._send(post, f"task {task_id}: delivery of the result", url)
+        await self._persist(post, f"task {task_id}: delivery of the result to", url)
 
-    async def _pace(self, size_bytes: int) -> None:
-        """Take as long as the operator says that this worker's link does."""
-        bandwidth = self.settings.network_bandwidth_bytes_per_s
-        if bandwidth:
-            await asyncio.sleep(size_bytes / bandwidth)
-
-    async def _send(self, post: _Post, what: str, url: str) -> None:
-        what = f"{what} to {self._policy.mask_url(url)}"
+    async def _persist(self, request: _Request, what: str, url: str) -> None:
+        what = f"{what} {self._policy.mask_url(url)}"
         tries = self.settings.delivery_retries + 1
         for tried in range(1, tries + 1):
-            problem = await self._try(post, what)
+            problem = await self._try(request, what)
             if not problem:
                 return
             _log.warning("%s failed, try %d of %d: %s", what, tried, tries, problem)
@@ -117,7 +175,7 @@ class HttpStore(Store):
                 await asyncio.sleep(_pause_s(tried))
         raise UploadError(f"{what} failed {tries} times, last: {problem}")
 
-    async def _try(self, post: _Post, what: str) -> str:
+    async def _try(self, request: _Request, what: str) -> str:
         """Send once; return what went wrong and may pass, or the empty text."""
         import httpx  # noqa: PLC0415 - see the import block
 
@@ -125,7 +183,7 @@ class HttpStore(Store):
             self._client = build_async_client(self._policy)
         hopeless = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
         try:
-            response = await post(self._client)
+            status = await request(self._client)
         except ArtifactError as exc:  # the operator's policy, in its own words
             raise UploadError(f"{what} was not sent: {exc}", retriable=False) from exc
         except (*hopeless, httpx.TooManyRedirects, UnicodeError) as exc:
@@ -137,7 +195,6 @@ class HttpStore(Store):
             ) from None
         except (httpx.RequestError, OSError) as exc:
             return f"{type(exc).__name__}: {exc}"
-        status = response.status_code
         if 400 <= status < 500 and status != 429:
             raise UploadError(f"{what} was refused: HTTP {status}", retriable=False)
         return f"HTTP {status}" if status >= 400 else ""
@@ -154,6 +211,12 @@ def _below(url: str, *names: str) -> str:
     parts = urlsplit(url)
     path = "/".join([parts.path.rstrip("/"), *(quote(name, safe="") for name in names)])
     return parts._replace(path=path).geturl()
+
+
+def _patience(timeout_s: float, size_bytes: int) -> httpx.Timeout:
+    import httpx  # noqa: PLC0415 - see the import block
+
+    return httpx.Timeout(timeout_s, read=timeout_s + size_bytes / _SLOW_SERVER_BYTES_PER_S)
 
 
 def _pause_s(tried: int) -> float:

@@ -197,7 +197,7 @@ def test_a_message_that_names_a_task_is_refused_by_event(
         ({"taskType": "no-such-type"}, "known are echo"),
         ({"output": {"destination": {"type": "local", "path": "/dev/null/x"}}}, "RESULTS_DIR"),
         ({"output": {"destination": {"type": "local", "path": "../up"}}}, "RESULTS_DIR"),
-        ({"output": {"destination": {"type": "nfs"}}}, "known are http, local"),
+        ({"output": {"destination": {"type": "nfs"}}}, "known are fsspec, http, local"),
         ({"message": "${env.HOME}"}, "FLOWMESH_ENV_ALLOW"),
     ],
     ids=["type", "absolute", "parent", "store", "env"],

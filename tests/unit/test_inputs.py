@@ -963,6 +963,12 @@ def test_executor_that_wants_something_unknown_is_told_so(bench: Bench) -> None:
         bench.resolve("weights", {})
 
 
+def test_a_url_that_is_a_path_of_this_machine_is_read_there(bench: Bench, tmp_path: Path) -> None:
+    weights = _write(tmp_path / "final" / "a.gguf")
+    inputs = bench.resolve("checkpoint", {"checkpoint": {"load": {"url": str(weights)}}})
+    assert inputs.checkpoint == weights
+
+
 def test_inputs_travel_as_json(bench: Bench, tmp_path: Path) -> None:
     lora = _write(tmp_path / "lora" / "a.gguf")
     spec = {
