@@ -71,7 +71,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=pythons(ROOT))
 def core(session: nox.Session) -> None:
     """The core alone: no plugin is installed."""
-    install(session)
+    install(session, extra="testing,fsspec")
     session.install("hatchling>=1.27")  # the packaging tests build wheels
     pytest(session, "tests/unit", "tests/integration", "tests/packaging", "-m", "not slow")
 

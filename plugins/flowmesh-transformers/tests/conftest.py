@@ -64,12 +64,17 @@ def make_context(tmp_path: Path) -> Contexts:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with a tokenizer of its own; what it says means nothing."""
-    torch = pytest.importorskip("torch")
-    torch.set_num_threads(1)  # quick enough, and not slowed down by whatever else runs here
+    """A folder with the tiny model."""
+    pytest.importorskip("torch")
+    return build_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+def build_tiny_llama(folder: Path) -> Path:
+    """Make a Llama of two layers with a tokenizer of its own; what it says means nothing."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny")
+    torch.set_num_threads(1)  # quick enough, and not slowed down by whatever else runs here
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(11)
