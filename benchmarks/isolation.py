@@ -1,7 +1,7 @@
 """What a child process costs: an echo against the same inline, a warm model against a cold one.
 
-Also what a cancel takes beyond its grace, log lines per second from a job to a Redis subscriber, and
-what a job pays when nobody reads.
+Also what a cancel takes beyond its grace, log lines per second from a job to a Redis subscriber,
+and what a job pays when nobody reads.
 
 Each pair runs on the same machine in the same run; medians over ``--rounds``.
 """
