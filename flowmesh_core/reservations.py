@@ -145,19 +145,19 @@ class Reservations:
             FlowmeshError: The machine can never meet the request, or the task was cancelled.
         """
         request = parse_resources(task.common.resources, where=f"task {task.task_id}")
-        waiting = asyncio.ensure_future(
-            self._ledger.acquire(
-                request,
-                uses_gpu=Capability.GPU in info.capabilities and not task.common.enforce_cpu,
-                priority=_priority(task),
-                engine=f"{info.name} {engine_key(info, task.spec)}",
-                shared=Capability.CONCURRENT in info.capabilities,
-            )
-        )
+        needs: dict[str, Any] = {
+            "uses_gpu": Capability.GPU in info.capabilities and not task.common.enforce_cpu,
+            "engine": f"{info.name} {engine_key(info, task.spec)}",
+            "shared": Capability.CONCURRENT in info.capabilities,
+        }
+        priority = _priority(task)
         key = group_key(info, task)
         guest = self._lobby.enter(f"{key} {task.common.resources}", size) if key else None
         try:
-            held = await self._wait(waiting, stop, guest)
+            held: Grant | Reservation | None = self._ledger.take(request, **needs)
+            if held is None:
+                waiting = self._ledger.acquire(request, priority=priority, **needs)
+                held = await self._wait(asyncio.ensure_future(waiting), stop, guest)
             if isinstance(held, Grant):
                 held = await self._host(held, request, guest)
         finally:

@@ -68,6 +68,8 @@ def parse_resources(resources: Mapping[str, Any], *, where: str) -> ResourceRequ
     Raises:
         ContractError: One problem per field that cannot be read and per unknown key.
     """
+    if not resources:  # as most tasks have it
+        return ResourceRequest()
     hardware = validate_model(_Resources, resources, where=where, prefix="spec.resources").hardware
     return ResourceRequest(
         cpu=hardware.cpu,
@@ -330,6 +332,13 @@ class ResourceLedger:
         """
         self._need(request, uses_gpu, "", False)
 
+    def take(
+        self, request: ResourceRequest, *, uses_gpu: bool, engine: str = "", shared: bool = True
+    ) -> Grant | None:
+        """Grant at once what is free while nobody waits, else return None; see ``acquire``."""
+        need = self._need(request, uses_gpu, engine, shared)
+        return None if self._queue else self._grant(need)
+
     async def acquire(
         self,
         request: ResourceRequest,
@@ -355,9 +364,10 @@ class ResourceLedger:
         Raises:
             ResourceError: As ``check``.
         """
-        need = self._need(request, uses_gpu, engine, shared)
-        if not self._queue and (grant := self._grant(need)):
+        grant = self.take(request, uses_gpu=uses_gpu, engine=engine, shared=shared)
+        if grant is not None:
             return grant
+        need = self._need(request, uses_gpu, engine, shared)
         future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._arrivals += 1
         waiter = _Waiter((-priority, self._arrivals), self._clock(), need, future)
