@@ -50,9 +50,9 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.inputs import ModelRef as ModelRef
     from flowmesh_core.inputs import Row as Row
     from flowmesh_core.inputs import RowSource as RowSource
-    from flowmesh_core.plugins import ExecutorRegistry as ExecutorRegistry
     from flowmesh_core.plugins import PluginReport as PluginReport
     from flowmesh_core.plugins import load_plugins as load_plugins
+    from flowmesh_core.registry import ExecutorRegistry as ExecutorRegistry
     from flowmesh_core.specs import Choice as Choice
     from flowmesh_core.specs import EmbeddingResult as EmbeddingResult
     from flowmesh_core.specs import EmbeddingSpec as EmbeddingSpec
@@ -102,7 +102,8 @@ _EXPORTS = {
     ),
     # Run a worker.
     "config": ("Settings", "load_settings"),
-    "plugins": ("ExecutorRegistry", "PluginReport", "load_plugins"),
+    "plugins": ("PluginReport", "load_plugins"),
+    "registry": ("ExecutorRegistry",),
     "worker": ("Worker",),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from flowmesh_core.contract import CommonSpec
 from flowmesh_core.errors import FlowmeshError
+from flowmesh_core.importing import import_target
 from flowmesh_core.places.environments import check_there
-from flowmesh_core.plugins import ExecutorRegistry, import_target
+from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.validation import describe_problems
 from flowmesh_core.workflow import PlannedTask, Workflow
 

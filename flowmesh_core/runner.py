@@ -31,12 +31,14 @@ from flowmesh_core.errors import (
     PluginError,
 )
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
+from flowmesh_core.importing import import_target
 from flowmesh_core.inputs import Inputs, hub_cache_folder, resolve_inputs
 from flowmesh_core.masking import SecretMask
 from flowmesh_core.merge import group_key, work_key
 from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error
-from flowmesh_core.plugins import ExecutorRegistry, Plugins, import_target, load_driver
+from flowmesh_core.plugins import Plugins, load_driver
+from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.reservations import Reservation, Reservations, Stop
 from flowmesh_core.resources import ResourceLedger, parse_resources
 from flowmesh_core.task_log import TaskLog

@@ -80,7 +80,7 @@ def _row(report: PluginReport) -> Sequence[str]:
 
 
 def _lack(info: Any) -> str:
-    from flowmesh_core.plugins import missing_packages
+    from flowmesh_core.registry import missing_packages
 
     missing = missing_packages(info)
     return f" needs {', '.join(missing)}: {info.install}" if missing else ""

@@ -186,7 +186,7 @@ class _Child:
                 executor.unload()
 
     def _load_class(self) -> type[Executor]:
-        from flowmesh_core.plugins import import_target  # noqa: PLC0415 - not before it is needed
+        from flowmesh_core.importing import import_target  # noqa: PLC0415 - not before it is needed
 
         if self._info.settings:
             from flowmesh_core.config import load_plugin_settings  # noqa: PLC0415
@@ -291,7 +291,7 @@ class _Child:
     def _validate(self, task: Mapping[str, Any]) -> Any:
         if not self._info.spec:
             return task["spec"]
-        from flowmesh_core.plugins import import_target  # noqa: PLC0415 - as in _load_class
+        from flowmesh_core.importing import import_target  # noqa: PLC0415 - as in _load_class
         from flowmesh_core.validation import validate_model  # noqa: PLC0415
 
         if self._spec_model is None:
@@ -378,7 +378,7 @@ def main() -> None:
         _refuse(connection, f"the worker speaks protocol {wanted}, this core {PROTOCOL_VERSION}")
     logging.basicConfig(level=start["log_level"], format="%(levelname)s %(name)s %(message)s")
     if start["plugin_files"]:
-        from flowmesh_core.plugins import import_plugin_file  # noqa: PLC0415 - rare
+        from flowmesh_core.importing import import_plugin_file  # noqa: PLC0415 - rare
 
         for path in start["plugin_files"]:
             import_plugin_file(Path(path))

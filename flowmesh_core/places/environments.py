@@ -61,7 +61,7 @@ def answer(value):
 _OFFER = """
 import logging, platform
 from flowmesh_core import API_VERSION, Settings, __version__, load_plugins
-from flowmesh_core.plugins import is_importable
+from flowmesh_core.importing import is_importable
 
 logging.disable()  # what is wrong stands in the reports
 rows = [report.to_dict() for report in load_plugins(Settings(**asked)).reports]

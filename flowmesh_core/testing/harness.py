@@ -18,7 +18,8 @@ from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.executor import Executor, ExecutorInfo, Outcome
 from flowmesh_core.places.base import PlaceContext
-from flowmesh_core.plugins import ExecutorRegistry, Plugins, load_plugins
+from flowmesh_core.plugins import Plugins, load_plugins
+from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.resources import ResourceLedger
 from flowmesh_core.runner import Runner, RunnerEvents
 from flowmesh_core.telemetry.probes import usable_cores, usable_memory_bytes

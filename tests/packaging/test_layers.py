@@ -22,11 +22,11 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 # Each line may import from the lines above it, and one way within itself.
 LAYERS = (
     "errors",
-    "wire validation contract events config masking",
+    "wire validation contract events config masking importing",
     "specs workflow templates rows data checkpoints models inputs executor hookspecs"
     " merge ledger echo",
     "task_log task_progress",
-    "plugins artifacts stores transports places telemetry",
+    "plugins registry artifacts stores transports places telemetry",
     "checking resources batches reservations runner presence",
     "worker",
     "local_run cli testing __main__",

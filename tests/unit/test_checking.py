@@ -7,7 +7,7 @@ import pytest
 
 from flowmesh_core.checking import check_workflow
 from flowmesh_core.executor import ExecutorInfo
-from flowmesh_core.plugins import ExecutorRegistry
+from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.workflow import expand_workflow
 
 

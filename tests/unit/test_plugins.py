@@ -27,18 +27,17 @@ from flowmesh_core.errors import (
     UnknownTaskTypeError,
 )
 from flowmesh_core.executor import ExecutorInfo
+from flowmesh_core.importing import import_target, is_importable
 from flowmesh_core.plugins import (
-    ExecutorRegistry,
     PluginReport,
     Plugins,
     PluginState,
     core_requirement,
     extensions,
-    import_target,
-    is_importable,
     load_driver,
     load_plugins,
 )
+from flowmesh_core.registry import ExecutorRegistry
 
 HEAD = """
 from flowmesh_core.executor import Executor, ExecutorInfo
