@@ -297,7 +297,8 @@ class Runner:
         except Exception as exc:  # noqa: BLE001 - executor boundary: every failure is an outcome
             outcome = Outcome(error=_as_error(run, exc))
         finally:
-            await self._end_offspring(run)
+            if task.task_id not in self._services:  # a service may go on starting tasks
+                await self._end_offspring(run)
             run.close()
             if run.reservation.seats is not None and not run.seated:
                 run.reservation.seats.give_up()
@@ -505,6 +506,7 @@ class Runner:
             await self._stop(run, place, work)
         elif not work.cancelled() and (error := work.exception() or work.result().error):
             _log.error("service of task %s ended: %s", task_id, run.mask.text(str(error)))
+        await self._end_offspring(run)
 
     # Tasks that a task starts.
 
@@ -518,7 +520,9 @@ class Runner:
             raise PluginError(
                 f"executor {info.name!r} runs one task at a time and would wait for itself"
             )
-        folder = parent.attempt.folder / "children" / str(number)
+        begun = parent.attempt.folder.exists()  # a service's folder is committed by then
+        home = parent.attempt.folder if begun else parent.attempt.final
+        folder = home / "children" / str(number)
         (folder / "logs").mkdir(parents=True)
         attempt = Attempt(task_id=child.task_id, number=1, folder=folder, final=folder)
         where = f"task {child.task_id}"

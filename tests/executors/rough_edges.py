@@ -275,6 +275,9 @@ class Serves(Executor):
             print(ctx.spec["text"], file=sys.stderr, flush=True)
             time.sleep(0.3)
             os._exit(9)
+        if ctx.spec.get("then") == "child":
+            told = ctx.run_task({"taskType": "echo", "m": 1}).result(10)
+            Path(ctx.spec["marker"]).write_text("answered" if told.ok else str(told.error))
         while not ctx.cancelled:
             time.sleep(0.02)
         return {}

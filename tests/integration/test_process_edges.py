@@ -428,6 +428,14 @@ def test_a_service_that_fails_after_it_was_ready_is_an_error_in_the_workers_log(
     assert "the service broke" in caplog.text
 
 
+def test_a_service_may_start_tasks_after_it_was_ready(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    service = {"taskType": "edge.serves", "then": "child", "marker": str(marker)}
+    run_all(tmp_path, {"a": service, "b": {"do": "sleep", "s": 1.5}})
+    assert marker.read_text() == "answered"
+    assert not list(tmp_path.glob(".*attempt*"))
+
+
 # Settings.
 
 
