@@ -29,23 +29,28 @@ ROUGH = Path(__file__).parents[1] / "executors" / "rough.py"
 GRACE_S = 0.5
 
 
-def ours() -> dict[int, str]:
-    """Return every process below this one, and every one that a rough executor marked."""
+def ours(folder: Path) -> dict[int, str]:
+    """Return every process below this one, and every marked one that began below a folder.
+
+    What was detached keeps the working folder of the engine from which it came; marked processes
+    of other runs of these tests have another one.
+    """
     found = {}
     below = {process.pid for process in psutil.Process().children(recursive=True)}
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+    for process in psutil.process_iter(["pid", "cmdline", "status", "cwd"]):
         line = " ".join(process.info["cmdline"] or [])
         alive = process.info["status"] != psutil.STATUS_ZOMBIE
-        if alive and (process.pid in below or "flowmesh-rough" in line):
+        marked = "flowmesh-rough" in line and (process.info["cwd"] or "").startswith(str(folder))
+        if alive and (process.pid in below or marked):
             found[process.pid] = line
     return found
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    before = ours()
+def nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    before = ours(tmp_path)
     yield
-    left = {pid: line for pid, line in ours().items() if pid not in before}
+    left = {pid: line for pid, line in ours(tmp_path).items() if pid not in before}
     assert not left, left
 
 
@@ -385,7 +390,7 @@ def test_a_detached_grandchild_ends_although_its_engine_stays_warm(tmp_path: Pat
 
     def look(_run: LocalRun, task: PlannedTask, event: TaskEvent) -> None:
         if (task.name, event.type) == ("b", "TASK_STARTED"):
-            marked = lambda: any("flowmesh-rough" in line for line in ours().values())  # noqa: E731
+            marked = lambda: any("flowmesh-rough" in line for line in ours(tmp_path).values())  # noqa: E731
             threading.Timer(2.5, lambda: alive.append(marked())).start()
 
     reports = run_all(

@@ -89,13 +89,17 @@ def family(worker: WorkerProcess) -> list[psutil.Process]:
     return worker.process.children(recursive=True)
 
 
-def marked() -> list[str]:
-    lines = (" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+def marked(folder: Path) -> list[str]:
+    """Return the marked processes that began below a folder, detached ones too."""
+    infos = [process.info for process in psutil.process_iter(["cmdline", "cwd"])]
+    lines = [
+        " ".join(i["cmdline"] or []) for i in infos if (i["cwd"] or "").startswith(str(folder))
+    ]
     return [line for line in lines if "flowmesh-rough" in line]
 
 
 def test_a_worker_survives_everything_that_executors_do(
-    host: StandInOrchestrator, worker: WorkerProcess, client: redis.Redis
+    host: StandInOrchestrator, worker: WorkerProcess, client: redis.Redis, tmp_path: Path
 ) -> None:
     for task_id, (spec, expected) in TASKS.items():
         publish(client, task_id, **spec)
@@ -118,22 +122,22 @@ def test_a_worker_survives_everything_that_executors_do(
     assert worker.stop() == 0
     _, alive = psutil.wait_procs(everything, timeout=5)
     assert not alive
-    assert not marked()
+    assert not marked(tmp_path)
 
 
 def test_nothing_outlives_a_worker_that_was_killed(
-    host: StandInOrchestrator, worker: WorkerProcess, client: redis.Redis
+    host: StandInOrchestrator, worker: WorkerProcess, client: redis.Redis, tmp_path: Path
 ) -> None:
     publish(client, "shell", do="detach", then="shell")
     wait_event(host, "shell", "TASK_STARTED")
-    host.wait_for(lambda: len(marked()) >= 2, 10)
+    host.wait_for(lambda: len(marked(tmp_path)) >= 2, 10)
     everything = family(worker)
     assert len(everything) >= 4
     worker.signal(signal.SIGKILL)
     worker.wait()
     _, alive = psutil.wait_procs(everything, timeout=5)
     assert not alive
-    host.wait_for(lambda: not marked(), 5)
+    host.wait_for(lambda: not marked(tmp_path), 5)
 
 
 def test_a_worker_goes_on_when_its_keeper_was_killed(
@@ -151,19 +155,19 @@ def test_a_worker_goes_on_when_its_keeper_was_killed(
 
 
 def test_a_task_is_cancelled_over_the_control_channel(
-    host: StandInOrchestrator, worker: WorkerProcess, client: redis.Redis
+    host: StandInOrchestrator, worker: WorkerProcess, client: redis.Redis, tmp_path: Path
 ) -> None:
     publish(client, "running", do="shell")
     publish(client, "waiting", do="write")
     wait_event(host, "running", "TASK_STARTED")
-    host.wait_for(marked, 10)
+    host.wait_for(lambda: marked(tmp_path), 10)
     for task_id in ("nobody", "waiting", "running"):
         order = {"type": "CANCEL", "task_id": task_id, "reason": "changed my mind"}
         assert client.publish("workers.control:w1", json.dumps(order)) == 1
     for task_id in ("running", "waiting"):
         event = wait_outcome(host, task_id)
         assert (event["payload"]["code"], event["error"]) == ("cancelled", "changed my mind")
-    assert not marked()
+    assert not marked(tmp_path)
     assert not list(worker.results_dir.rglob("made.txt"))
 
 
