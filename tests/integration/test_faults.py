@@ -61,6 +61,7 @@ def test_a_worker_listens_before_it_says_that_it_is_there(
     assert order.index("SUBSCRIBE") < order.index("SADD") < order.index("PUBLISH")
 
 
+@pytest.mark.slow
 def test_messages_for_others_do_not_pile_up_while_a_task_runs(
     flowmesh_orchestrator: StandInOrchestrator, flowmesh_redis_url: str, tmp_path: Path
 ) -> None:

@@ -181,6 +181,7 @@ def test_a_list_as_result_fails_that_task_alone(tmp_path: Path) -> None:
 
 
 # Every such task leaves a copy of the process.
+@pytest.mark.slow
 def test_a_fork_that_returns_from_run_answers_nothing_and_goes(tmp_path: Path) -> None:
     alive: list[int] = []
 
@@ -294,6 +295,7 @@ def test_starts_that_fail_leave_nothing_open(
 
 
 # Nobody ends it, and close waits ten seconds for its process.
+@pytest.mark.slow
 def test_a_child_task_ends_with_the_task_that_started_it(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     seen: list[int] = []
@@ -313,6 +315,7 @@ def test_a_child_task_ends_with_the_task_that_started_it(tmp_path: Path) -> None
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_an_inline_task_that_gives_up_on_a_child_ends_it(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     child = {"taskType": "edge", "do": "tick", "marker": str(marker)}
@@ -333,6 +336,7 @@ def test_an_inline_task_that_gives_up_on_a_child_ends_it(tmp_path: Path) -> None
 
 
 # The lease gives back a grant that is its parent's.
+@pytest.mark.slow
 def test_the_end_of_a_child_service_does_not_free_its_parents_slot(tmp_path: Path) -> None:
     started: dict[str, float] = {}
 
@@ -505,7 +509,12 @@ def test_a_keyboard_interrupt_of_an_inline_executor_is_a_failed_task(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "do", ["flood_progress", "flood_log", "flood_output", "garbage", "close_control"]
+    "do",
+    [
+        *("flood_log", "garbage", "close_control"),
+        pytest.param("flood_progress", marks=pytest.mark.slow),
+        pytest.param("flood_output", marks=pytest.mark.slow),
+    ],
 )
 def test_a_flood_is_cancelled_like_any_task(do: str, tmp_path: Path) -> None:
     asked: list[float] = []
@@ -527,6 +536,7 @@ def test_a_flood_is_cancelled_like_any_task(do: str, tmp_path: Path) -> None:
 
 
 # The first one to end removes the folder in which the other works.
+@pytest.mark.slow
 def test_two_runs_at_once_with_the_same_results_do_not_share_a_working_folder(
     tmp_path: Path,
 ) -> None:
@@ -554,7 +564,10 @@ def test_results_may_lie_in_a_relative_folder(
     assert reports["a"].ok, reports["a"].error
 
 
-@pytest.mark.parametrize(("warm_max", "warm_idle_s"), [(0, 600.0), (4, 0.0), (0, 0.0)])
+@pytest.mark.parametrize(
+    ("warm_max", "warm_idle_s"),
+    [(0, 600.0), (4, 0.0), pytest.param(0, 0.0, marks=pytest.mark.slow)],
+)
 def test_nothing_is_kept_warm_when_the_operator_says_so(
     warm_max: int, warm_idle_s: float, tmp_path: Path
 ) -> None:
@@ -689,6 +702,7 @@ def test_a_worker_that_must_hurry_starts_no_further_member(tmp_path: Path) -> No
 
 
 # The second lease takes the first one's place.
+@pytest.mark.slow
 def test_a_service_that_is_dispatched_again_while_it_is_up_can_still_be_ended(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -537,6 +537,7 @@ def test_cancelled_work_that_has_not_started_never_starts(tmp_path: Path) -> Non
     assert started == []
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_fetching_of_inputs(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes the connection and is mute
         port = silent.getsockname()[1]
