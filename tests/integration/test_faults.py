@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import redis
 
 from flowmesh_core.testing import RedisServer, StandInOrchestrator, WorkerProcess
