@@ -568,7 +568,11 @@ async def test_a_child_has_four_descriptors_and_talks_over_the_fourth(bench: Ben
     assert await child.line() == "up"
     answer = await asyncio.to_thread(child.control.recv, 100)
     assert answer == b"hello\n"
-    assert descriptors(child.process.pid) == ["0", "1", "2", "3"]
+    for _ in range(200):  # the shell may just be loading the program that takes its place
+        if (found := descriptors(child.process.pid)) == ["0", "1", "2", "3"]:
+            break
+        await asyncio.sleep(0.02)
+    assert found == ["0", "1", "2", "3"]
 
 
 @on_bench
