@@ -15,8 +15,7 @@ from typing import Any
 
 import attrs
 
-from flowmesh_core.errors import CrashError
-from flowmesh_core.executor import Capability, Outcome
+from flowmesh_core.executor import Outcome
 from flowmesh_core.places.base import Job, Place
 from flowmesh_core.task_progress import METRICS_NAME
 
@@ -142,10 +141,6 @@ class Batch:
                 first.same = same
             first_ones = [group[0] for group in distinct.values()]
             short = await self._run_once(first_ones)
-            for entry in short:
-                entry.job.ctx.batch_scale = 0.5
-                text = "memory ran out; running once more with half the batch"
-                entry.job.log.line("warning", text)
             if short:
                 await self._run_once(short)
             waiting = [entry for entry in waiting if not entry.outcome.done()]
@@ -168,9 +163,9 @@ class Batch:
             entry.outcome.cancel()
         elif (error := run.exception()) is None:
             await self._answer(entry, run.result())
-        elif isinstance(error, CrashError) and _may_shrink(entry, error):
-            return True
         elif not entry.outcome.done():
+            if entry.job.shrink(error):
+                return True
             entry.outcome.set_exception(error)
         return False
 
@@ -237,12 +232,6 @@ class Lobby:
                 joining.append(guest)
                 self.leave(guest)
         return joining
-
-
-def _may_shrink(entry: _Entry, error: CrashError) -> bool:
-    shrinks = Capability.SHRINK in entry.job.info.capabilities
-    fresh = entry.job.ctx.batch_scale == 1.0 and not entry.outcome.done()
-    return error.oom and shrinks and fresh
 
 
 def _split(entries: Sequence[_Entry], key: Callable[[_Entry], Any]) -> Iterator[list[_Entry]]:

@@ -421,11 +421,8 @@ class Runner:
         try:
             return await self._within_time(run, place, job)
         except CrashError as exc:
-            shrinks = Capability.SHRINK in job.info.capabilities
-            if not exc.oom or not shrinks or job.ctx.batch_scale < 1.0:
+            if not job.shrink(exc):
                 raise
-            run.log.line("warning", f"{exc}; running once more with half the batch")
-            job.ctx.batch_scale = 0.5
             return await self._within_time(run, place, job)
 
     async def _within_time(self, run: _Run, place: Place, job: Job) -> Outcome:

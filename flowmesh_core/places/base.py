@@ -11,7 +11,8 @@ from typing import Any
 import attrs
 
 from flowmesh_core.config import Settings
-from flowmesh_core.executor import Executor, ExecutorInfo, Outcome, RunContext
+from flowmesh_core.errors import CrashError
+from flowmesh_core.executor import Capability, Executor, ExecutorInfo, Outcome, RunContext
 from flowmesh_core.masking import SecretMask
 from flowmesh_core.task_log import TaskLog
 
@@ -60,6 +61,17 @@ class Job:
     variables: tuple[str, ...] = ()
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
+
+    def shrink(self, error: BaseException) -> bool:
+        """Halve the batch when memory ran out; return whether another run may succeed so."""
+        short = isinstance(error, CrashError) and error.oom
+        if not short or Capability.SHRINK not in self.info.capabilities:
+            return False
+        if self.ctx.batch_scale < 1.0:  # once is enough
+            return False
+        self.log.line("warning", f"{error}; running once more with half the batch")
+        self.ctx.batch_scale = 0.5
+        return True
 
 
 class Place(abc.ABC):

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import attrs
@@ -67,7 +67,7 @@ class ProcessPlace(Place):
                 outcome = await self._run(job)
         except CrashError as exc:
             if exc.oom:
-                await self._end_idle()
+                await self._end_idle(lambda: False)
             raise
         return outcome
 
@@ -100,14 +100,13 @@ class ProcessPlace(Place):
         try:
             if await self._try_group(jobs, answers):
                 await self._try_group(jobs, answers)
-        except BaseException as exc:
+        except FlowmeshError as exc:  # the process could not be started
             for answer in answers:
                 if not answer.done():
                     answer.set_exception(exc)
-            raise
         errors = [None if answer.cancelled() else answer.exception() for answer in answers]
         if any(isinstance(error, CrashError) and error.oom for error in errors):
-            await self._end_idle()
+            await self._end_idle(lambda: False)
 
     async def _try_group(
         self, jobs: Sequence[Job], answers: Sequence[asyncio.Future[Outcome]]
@@ -185,7 +184,7 @@ class ProcessPlace(Place):
 
     async def _start(self, engine: EngineProcess, key: _Key, job: Job) -> None:
         try:
-            await self._make_room(job)
+            await self._end_idle(lambda: self._fits(job))
             env = child_environment(
                 plugin=job.info.name,
                 variables=job.variables,
@@ -256,14 +255,14 @@ class ProcessPlace(Place):
 
     # Room.
 
-    async def _make_room(self, job: Job) -> None:
-        """End idle engines, least recently used first, until a new one probably fits."""
+    async def _end_idle(self, enough: Callable[[], bool]) -> None:
+        """End idle engines, least recently used first, until that is enough."""
         for key, engine in sorted(self._idle(), key=lambda pair: pair[1].idle_since):
-            if self._fits(job):
+            if enough():
                 return
-            if engine.users:
-                continue  # taken while another one ended
-            _log.info("executor %s: ended to make room for %s", key.executor, job.info.name)
+            if engine.users or not engine.usable:
+                continue  # taken, or ended, while another one ended
+            _log.info("executor %s: ended to make room", key.executor)
             self._forget(key, engine)
             await self._end(engine)
 
@@ -280,12 +279,6 @@ class ProcessPlace(Place):
     def _fits_on(self, device: str, needed: int | None) -> bool:
         memory = self._gpus.memory_bytes(device)
         return memory is None or memory.free >= (needed or memory.total * _GPU_SHARE)
-
-    async def _end_idle(self) -> None:
-        """Give back all memory that no task uses."""
-        for key, engine in self._idle():
-            self._forget(key, engine)
-            await self._end(engine)
 
 
 def _give_up(run: asyncio.Task[Outcome], answer: asyncio.Future[Outcome]) -> None:

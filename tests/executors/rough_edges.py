@@ -45,6 +45,8 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
     return [
         declare("edge", "Edge", engine_key=["model"]),
         declare("edge.together", "Together", together, engine_key=["model"]),
+        declare("edge.groups", "Edge", Capability.GROUP, group_key=["model"]),
+        declare("edge.slow_end", "SlowEnd", together, engine_key=["model"]),
         declare("edge.slow_load", "SlowLoad", together),
         declare("edge.no_load", "NoLoad", together),
         declare("edge.serves", "Serves", Capability.SERVICE),
@@ -253,6 +255,13 @@ class SlowLoad(Together):
 
     def load(self, ctx: RunContext) -> None:
         time.sleep(3)
+
+
+class SlowEnd(Together):
+    """Takes its time to unload."""
+
+    def unload(self) -> None:
+        time.sleep(1)
 
 
 class NoLoad(Together):

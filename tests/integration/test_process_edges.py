@@ -291,6 +291,41 @@ def test_starts_that_fail_leave_nothing_open(
     assert not list(tmp_path.glob(".workers/local/engines/*"))
 
 
+def test_a_group_whose_process_cannot_start_hears_why_and_nothing_is_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    nodes = {name: {"taskType": "edge.groups"} for name in "ab"}
+    reports = run_all(tmp_path, nodes, in_turn=False)
+    assert ["no-python" in report.error for report in reports.values()] == [True, True]
+    futures = [found for found in gc.get_objects() if isinstance(found, asyncio.Future)]
+    assert not [found for found in futures if found.done() and found._log_traceback]
+
+
+def test_an_engine_that_was_taken_while_others_end_for_memory_is_spared(tmp_path: Path) -> None:
+    def node(name: str, *after: str, **spec: Any) -> dict[str, Any]:
+        return {"name": name, "dependsOn": after, "spec": {"taskType": "edge.slow_end", **spec}}
+
+    nodes = [
+        node("p", model="p"),
+        node("q", "p", model="q"),
+        node("short", "q", taskType="edge", do="oom"),  # p is unloaded for a second, then q
+        node("tick", "q", taskType="edge", do="sleep", s=0.7, model="t"),
+        node("again", "tick", model="q", s=2.5),
+    ]
+    chosen = choose(tmp_path, max_concurrent_tasks=2)
+    workflow = plan({"spec": {"taskType": "edge", "graph": {"nodes": nodes}}})
+
+    async def work() -> list[StageReport]:
+        local = LocalRun(workflow, chosen, load_plugins(chosen, files=[EDGES]))
+        return await asyncio.wait_for(local.run(), LIMIT_S)
+
+    reports = {report.name: report for report in asyncio.run(work())}
+    assert reports["short"].code == "crash.out_of_memory"
+    assert reports["again"].ok, reports["again"].error
+    assert reports["again"].result["pid"] == reports["q"].result["pid"]
+
+
 # Children of tasks.
 
 
