@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.inputs import Row as Row
     from flowmesh_core.inputs import RowSource as RowSource
     from flowmesh_core.plugins import PluginReport as PluginReport
+    from flowmesh_core.plugins import load_driver as load_driver
     from flowmesh_core.plugins import load_plugins as load_plugins
     from flowmesh_core.registry import ExecutorRegistry as ExecutorRegistry
     from flowmesh_core.specs import Choice as Choice
@@ -102,7 +103,7 @@ _EXPORTS = {
     ),
     # Run a worker.
     "config": ("Settings", "load_settings"),
-    "plugins": ("PluginReport", "load_plugins"),
+    "plugins": ("PluginReport", "load_driver", "load_plugins"),
     "registry": ("ExecutorRegistry",),
     "worker": ("Worker",),
 }

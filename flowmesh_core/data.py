@@ -1,8 +1,8 @@
-"""The ``data`` block: prompts, a JSONL file, a dataset or a template, into a row source."""
+"""The ``data`` block: prompts, records, a JSONL file, a dataset or a template, into rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from flowmesh_core.specs import OpenBlock
 from flowmesh_core.templates import render_graph_template
 from flowmesh_core.validation import validate_model
 
-__all__ = ["resolve_rows"]
+__all__ = ["resolve_eval_rows", "resolve_rows"]
 
 
 class _Data(OpenBlock):
@@ -36,6 +36,10 @@ class _ListData(_Data):
 class _TableData(_Data):
     column: str | None = None
     metadata_columns: list[str] | dict[str, str] | None = None
+
+
+class _RecordsData(_TableData):
+    items: list[dict[str, Any]] = Field(min_length=1)
 
 
 class _JsonlData(_TableData):
@@ -78,6 +82,7 @@ _KINDS: Mapping[str, type[_Data]] = {
     "graph_template": _TemplateData,
     "jsonl": _JsonlData,
     "list": _ListData,
+    "records": _RecordsData,
     "static": _StaticData,
 }
 
@@ -95,19 +100,88 @@ def resolve_rows(
         InputError: The rows cannot be had.
     """
     block = task.spec.get("data")
-    if not block or (isinstance(block, Mapping) and block.get("type") == "none"):
-        return None
-    kind = block.get("type") if isinstance(block, Mapping) else None
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise InputError(f"type must be one of {', '.join(_KINDS)}, none, got {kind!r}")
-    data = validate_model(_KINDS[kind], block, where="", prefix="spec.data")
-    return attrs.evolve(
-        _describe(data, task, fetcher, folder, trust_remote_code),
-        limit=data.limit,
+    source = _resolve(block, task, fetcher, folder / "data", trust_remote_code, "spec.data")
+    return source and attrs.evolve(
+        source,
         shard_index=task.common.shard.index,
         shard_total=task.common.shard.total,
         contiguous=task.common.shard.contiguous,
     )
+
+
+def resolve_eval_rows(
+    task: Task, fetcher: Fetcher, *, folder: Path, trust_remote_code: bool = False
+) -> RowSource | None:
+    """Describe the rows of ``data.eval``, a block like ``data``; see ``resolve_rows``.
+
+    Every shard of a task is evaluated on all of them.
+    """
+    data = task.spec.get("data")
+    block = data.get("eval") if isinstance(data, Mapping) else None
+    where = "spec.data.eval"
+    return _resolve(block, task, fetcher, folder / "eval", trust_remote_code, where)
+
+
+def _resolve(
+    block: Any, task: Task, fetcher: Fetcher, folder: Path, trust_remote_code: bool, where: str
+) -> RowSource | None:
+    if not block or (isinstance(block, Mapping) and block.get("type") == "none"):
+        return None
+    if not isinstance(block, Mapping):
+        raise InputError(f"{where} must be a mapping, got {type(block).__name__}")
+    kind, fields, where = _kind_of(block, where)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise InputError(
+            f"{where}.type must be one of {', '.join(_KINDS)}, none, got {kind!r}; or give the"
+            f" rows as one of {', '.join(_FORMS)}"
+        )
+    data = validate_model(_KINDS[kind], fields, where="", prefix=where)
+    source = _describe(data, task, fetcher, folder, trust_remote_code)
+    return attrs.evolve(source, limit=data.limit)
+
+
+def _nested_jsonl(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    jsonl = block["jsonl"]
+    fields = jsonl if isinstance(jsonl, Mapping) else {"path": jsonl}
+    limits = {key: block[key] for key in ("limit", "max_samples") if key in block}
+    return {**limits, **fields}
+
+
+def _named_dataset(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    renamed = {**block, "url": block["dataset_name"]}
+    return {**renamed, "name": block["config_name"]} if block.get("config_name") else renamed
+
+
+def _items(key: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    return lambda block: {**block, "items": block[key]}
+
+
+# How training documents name their rows, without a type: kind, its fields, where they stand.
+_FORMS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Mapping[str, Any]], str]] = {
+    "jsonl": ("jsonl", _nested_jsonl, ".jsonl"),
+    "jsonl_path": ("jsonl", lambda block: {**block, "path": block["jsonl_path"]}, ""),
+    "dataset_name": ("dataset", _named_dataset, ""),
+    "prompts": ("list", _items("prompts"), ""),
+    "preferences": ("records", _items("preferences"), ""),
+    "examples": ("records", _items("examples"), ""),
+}
+
+
+def _kind_of(block: Mapping[str, Any], where: str) -> tuple[Any, Mapping[str, Any], str]:
+    """Return the kind of a block's rows, its fields and where those stand.
+
+    Raises:
+        InputError: Several forms are there, and any could be meant.
+    """
+    if block.get("type") is not None:
+        return block["type"], block, where
+    named = [key for key in _FORMS if block.get(key) is not None]
+    if len(named) > 1:
+        raise InputError(f"{where} must name its rows once, got {' and '.join(named)}")
+    if not named:
+        return None, block, where
+    kind, fields, below = _FORMS[named[0]]
+    return kind, fields(block), where + below
 
 
 def _describe(
@@ -115,6 +189,8 @@ def _describe(
 ) -> RowSource:
     if isinstance(data, _ListData):
         return _from_list(data)
+    if isinstance(data, _RecordsData):
+        return RowSource.from_records(data.items, **_columns(data))
     if isinstance(data, _JsonlData):
         path = _jsonl_file(data, fetcher, folder)
         return RowSource(kind="jsonl", params={"path": str(path), **_columns(data)})
@@ -164,9 +240,7 @@ def _jsonl_file(data: _JsonlData, fetcher: Fetcher, folder: Path) -> Path:
             problems.append(InputError(f"{address!r} is no file on this worker"))
             continue
         try:
-            return fetcher.download(
-                address, folder / "data", headers=data.headers, timeout_s=data.timeout_s
-            )
+            return fetcher.download(address, folder, headers=data.headers, timeout_s=data.timeout_s)
         except (ArtifactError, InputError) as exc:
             problems.append(exc)
     raise InputError(

@@ -77,15 +77,16 @@ class ExecutorInfo:
         name: Unique among all installed executors; third parties use ``vendor.name``.
         task_types: Values of ``spec.taskType`` that it serves.
         target: ``package.module:Class``, imported when its first task arrives.
-        needs: Import names without which it cannot run.
+        needs: Import names without which it cannot run; looked for, never imported.
         install: The command that installs them.
         capabilities: What it promises.
         places: Drivers of ``flowmesh.places`` in which it may run, preferred first.
         api_version: The ``API_VERSION`` that it was written for.
         spec: ``package.module:Model``, a pydantic model of ``spec``; light to import.
         settings: ``package.module:Model``, a pydantic model that the environment fills.
-        inputs: What the core gathers for it before it runs: ``rows``, ``model``, ``adapters``,
-            ``checkpoint``.
+        inputs: What the core gathers for it before it runs: ``rows``, ``eval_rows``, ``model``,
+            ``adapters``, ``checkpoint``.
+        models: Paths into ``spec`` of blocks that name further models, like ``reward_model``.
         engine_key: Paths into ``spec``; tasks that agree on them share a loaded engine.
         group_key: Paths into ``spec``; tasks that agree on them may run as one group.
         model_formats: ``gguf``, ``hf``: what it loads; empty means it loads no model.
@@ -111,6 +112,7 @@ class ExecutorInfo:
     spec: str = ""
     settings: str = ""
     inputs: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    models: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     engine_key: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     group_key: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     model_formats: frozenset[str] = attrs.field(default=frozenset(), converter=_names)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,14 +17,18 @@ __all__ = ["import_plugin_file", "import_target", "is_importable", "plugin_modul
 
 
 def is_importable(name: str) -> bool:
-    """Return whether a package is installed, without importing it.
+    """Return whether a package, or ``package.module``, is installed, without importing any of it.
 
     A bare folder of that name on the path does not count.
     """
+    top, *below = name.split(".")
     try:
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return False
+    for step in below:
+        places = spec.submodule_search_locations if spec else None
+        spec = PathFinder.find_spec(step, places) if places else None
     return spec is not None and spec.origin is not None
 
 

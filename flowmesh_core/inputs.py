@@ -6,7 +6,7 @@ process where the executor runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,7 @@ from flowmesh_core.models import (
     resolve_model,
 )
 from flowmesh_core.rows import Row, RowSource
+from flowmesh_core.wire import value_at
 
 if TYPE_CHECKING:  # pydantic would cost `flowmesh plugins list` its start time
     from pydantic import BaseModel
@@ -59,12 +60,16 @@ class Inputs:
 
     Attributes:
         rows: Prompts or records, read lazily; None when the task has no ``data``.
+        eval_rows: Those of ``data.eval``, likewise.
+        models: Further models, by the path into ``spec`` where the document names each.
         checkpoint: File or folder whose weights replace the model's.
         upstream: Stage name to the stored result document of that stage.
     """
 
     rows: RowSource | None = None
+    eval_rows: RowSource | None = None
     model: ModelRef | None = None
+    models: Mapping[str, ModelRef] = attrs.field(factory=dict)
     checkpoint: Path | None = None
     adapters: tuple[AdapterRef, ...] = ()
     upstream: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
@@ -72,8 +77,8 @@ class Inputs:
     def paths(self) -> tuple[Path, ...]:
         """Return every local file or folder that is named here."""
         named = [
-            self.model.path if self.model else None,
-            self.rows.path if self.rows else None,
+            *(model.path for model in (self.model, *self.models.values()) if model),
+            *(rows.path for rows in (self.rows, self.eval_rows) if rows),
             self.checkpoint,
             *(adapter.path for adapter in self.adapters),
         ]
@@ -84,7 +89,9 @@ class Inputs:
         return attrs.evolve(
             self,
             rows=self.rows and self.rows.moved(places),
-            model=self.model and attrs.evolve(self.model, path=_moved(self.model.path, places)),
+            eval_rows=self.eval_rows and self.eval_rows.moved(places),
+            model=self.model and _moved_model(self.model, places),
+            models={name: _moved_model(model, places) for name, model in self.models.items()},
             checkpoint=_moved(self.checkpoint, places),
             adapters=tuple(attrs.evolve(a, path=places[a.path]) for a in self.adapters),
         )
@@ -93,7 +100,9 @@ class Inputs:
         """Return the inputs as JSON data."""
         return {
             "rows": self.rows and self.rows.to_dict(),
+            "eval_rows": self.eval_rows and self.eval_rows.to_dict(),
             "model": self.model and self.model.to_dict(),
+            "models": {name: model.to_dict() for name, model in self.models.items()},
             "checkpoint": self.checkpoint and str(self.checkpoint),
             "adapters": [adapter.to_dict() for adapter in self.adapters],
             "upstream": dict(self.upstream),
@@ -104,11 +113,17 @@ class Inputs:
         """Build inputs from ``to_dict``."""
         return cls(
             rows=data["rows"] and RowSource.from_dict(data["rows"]),
+            eval_rows=data["eval_rows"] and RowSource.from_dict(data["eval_rows"]),
             model=data["model"] and ModelRef.from_dict(data["model"]),
+            models={name: ModelRef.from_dict(each) for name, each in data["models"].items()},
             checkpoint=data["checkpoint"] and Path(data["checkpoint"]),
             adapters=tuple(map(AdapterRef.from_dict, data["adapters"])),
             upstream=data["upstream"],
         )
+
+
+def _moved_model(model: ModelRef, places: Mapping[Path, Path]) -> ModelRef:
+    return attrs.evolve(model, path=_moved(model.path, places))
 
 
 def _moved(path: Path | None, places: Mapping[Path, Path]) -> Path | None:
@@ -119,6 +134,7 @@ def resolve_inputs(
     task: Task,
     wanted: Collection[str],
     *,
+    models: Sequence[str] = (),
     fetcher: Fetcher,
     folder: Path,
     sources: Mapping[str, Callable[..., str | Path]] | None = None,
@@ -131,7 +147,8 @@ def resolve_inputs(
 
     Args:
         task: Secrets that its spec names are resolved.
-        wanted: Any of ``rows``, ``model``, ``adapters``, ``checkpoint``.
+        wanted: Any of ``rows``, ``eval_rows``, ``model``, ``adapters``, ``checkpoint``.
+        models: Paths into the spec of blocks that name a further model each.
         fetcher: Downloads, unpacks and finds earlier results.
         folder: The attempt's folder; what is brought here goes to ``.inputs`` in it.
         sources: Resolvers of further kinds of ``model.source``.
@@ -162,13 +179,20 @@ def resolve_inputs(
             found[name] = _GATHERED[name][1](gathering)
         except FlowmeshError as exc:
             problems[name] = exc
+    further: dict[str, ModelRef] = {}
+    for path in models:
+        try:
+            if (model := gathering.model_at(path)) is not None:
+                further[path] = model
+        except FlowmeshError as exc:
+            problems[path] = exc
     if problems:
         texts = dict.fromkeys(_described(name, problem) for name, problem in problems.items())
         raise InputError(
             f"task {task.task_id}: {'; '.join(texts)}",
             retriable=all(problem.retriable for problem in problems.values()),
         ) from next(iter(problems.values()))
-    return Inputs(upstream=task.common.upstream, **found)
+    return Inputs(upstream=task.common.upstream, models=further, **found)
 
 
 @attrs.frozen(kw_only=True)
@@ -183,16 +207,36 @@ class _Gathering:
     def rows(self) -> RowSource | None:
         from flowmesh_core.data import resolve_rows  # noqa: PLC0415 - see the import block
 
-        return resolve_rows(
-            self.task,
-            self.fetcher,
-            folder=self.folder,
-            trust_remote_code=self.options.trust_remote_code,
+        trust = self.options.trust_remote_code
+        return resolve_rows(self.task, self.fetcher, folder=self.folder, trust_remote_code=trust)
+
+    def eval_rows(self) -> RowSource | None:
+        from flowmesh_core.data import resolve_eval_rows  # noqa: PLC0415 - see the import block
+
+        trust = self.options.trust_remote_code
+        return resolve_eval_rows(
+            self.task, self.fetcher, folder=self.folder, trust_remote_code=trust
         )
 
     def model(self) -> ModelRef:
         source = self._model_block().source
         return resolve_model(source, self.fetcher, folder=self.folder, options=self.options)
+
+    def model_at(self, path: str) -> ModelRef | None:
+        """Find the model of a block like ``model``, or of one with an ``identifier`` of its own."""
+        from flowmesh_core.specs import ModelSource  # noqa: PLC0415 - see the import block
+        from flowmesh_core.validation import validate_model  # noqa: PLC0415 - as above
+
+        block = value_at(self.task.spec, path)
+        if block is None:
+            return None
+        if not isinstance(block, Mapping):
+            raise InputError(f"must be a mapping with source or identifier, got {block!r}")
+        if (source := block.get("source")) is None:
+            source = {key: block[key] for key in ("identifier", "revision") if key in block}
+        found = validate_model(ModelSource, source, where="", prefix=f"spec.{path}.source")
+        options = attrs.evolve(self.options, default_identifier=None)
+        return resolve_model(found, self.fetcher, folder=self.folder / path, options=options)
 
     def adapters(self) -> tuple[AdapterRef, ...]:
         adapters = self._model_block().adapters
@@ -224,6 +268,7 @@ class _Gathering:
 _GATHERED: Mapping[str, tuple[str, Callable[[_Gathering], Any]]] = {
     "adapters": ("spec.model.adapters", _Gathering.adapters),
     "checkpoint": ("spec.checkpoint.load", _Gathering.checkpoint),
+    "eval_rows": ("spec.data.eval", _Gathering.eval_rows),
     "model": ("spec.model.source", _Gathering.model),
     "rows": ("spec.data", _Gathering.rows),
 }
@@ -231,4 +276,5 @@ _GATHERED: Mapping[str, tuple[str, Callable[[_Gathering], Any]]] = {
 
 def _described(name: str, problem: FlowmeshError) -> str:
     text = str(problem)
-    return text if text.startswith("spec.") else f"{_GATHERED[name][0]}: {text}"
+    field = _GATHERED[name][0] if name in _GATHERED else f"spec.{name}"
+    return text if text.startswith("spec.") else f"{field}: {text}"

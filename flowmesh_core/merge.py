@@ -18,7 +18,7 @@ from typing import Any
 from flowmesh_core.contract import Envelope, Task
 from flowmesh_core.errors import FlowmeshError, MergeError
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome
-from flowmesh_core.wire import encode_json
+from flowmesh_core.wire import encode_json, value_at
 
 __all__ = [
     "canonical_json",
@@ -52,14 +52,7 @@ def engine_key(info: ExecutorInfo, spec: Mapping[str, Any]) -> str:
 
 
 def _values_at(spec: Mapping[str, Any], paths: Iterable[str]) -> str:
-    return canonical_json([_value_at(spec, path) for path in paths])
-
-
-def _value_at(spec: Mapping[str, Any], path: str) -> Any:
-    value: Any = spec
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+    return canonical_json([value_at(spec, path) for path in paths])
 
 
 def group_key(info: ExecutorInfo, task: Task) -> str | None:

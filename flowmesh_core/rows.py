@@ -51,7 +51,7 @@ class RowSource:
     Iterating opens the source anew each time.
 
     Attributes:
-        kind: ``list``, ``jsonl`` or ``dataset``.
+        kind: ``list`` (of prompts), ``records``, ``jsonl`` or ``dataset``.
         params: What the kind needs: ``items``, ``path``, ``url``, ``column`` and so on.
         limit: Only the first rows of the source, before it is shared out among shards.
         shard_index: Which part is read, below ``shard_total``.
@@ -81,6 +81,16 @@ class RowSource:
             "add_system_prompt": add_system_prompt,
         }
         return cls(kind="list", params=params)
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]], **columns: Any) -> RowSource:
+        """Describe records that are at hand.
+
+        Args:
+            records: JSON objects, one per row.
+            columns: ``column`` of the prompt and ``metadata_columns``, as ``data`` has them.
+        """
+        return cls(kind="records", params={"items": list(records), **columns})
 
     @property
     def path(self) -> Path | None:
@@ -147,7 +157,7 @@ class RowSource:
             return _Lines(Path(self.params["path"]))
         if self.kind == "dataset":
             return _open_dataset(self.params)
-        items: list[Prompt] = self.params["items"]
+        items: list[Any] = self.params["items"]
         return items
 
     def _picked(self) -> Iterator[tuple[int, Any]]:
@@ -184,6 +194,8 @@ class RowSource:
             if self.kind == "jsonl":
                 where = f"{self.params['path']}, line {raw[0]}"
                 yield index, where, _parse_line(raw[1], where)
+            elif self.kind == "records":
+                yield index, f"row {index}", raw
             else:
                 yield index, f"dataset {self.params['url']}, row {index}", raw
 

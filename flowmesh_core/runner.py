@@ -348,7 +348,7 @@ class Runner:
         return validate_model(self._models[info.name], spec, where=where, prefix="spec")
 
     async def _gather(self, run: _Run, info: ExecutorInfo, spec: Any) -> Inputs:
-        if not info.inputs:
+        if not (info.inputs or info.models):
             return Inputs()
         task = attrs.evolve(run.task, spec=spec)
         environ = read_environment()
@@ -356,6 +356,7 @@ class Runner:
             resolve_inputs,
             task,
             info.inputs,
+            models=info.models,
             fetcher=self._fetcher,
             folder=run.attempt.folder,
             sources=self._plugins.model_sources(),

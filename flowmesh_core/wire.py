@@ -9,7 +9,7 @@ from typing import Any
 
 from flowmesh_core.errors import ContractError
 
-__all__ = ["MAX_DEPTH", "decode_json", "encode_json", "utc_now"]
+__all__ = ["MAX_DEPTH", "decode_json", "encode_json", "utc_now", "value_at"]
 
 # Deeper documents are refused: walking them would end in a RecursionError somewhere.
 MAX_DEPTH = 200
@@ -28,6 +28,14 @@ def decode_json(text: bytes | str) -> Any:
         raise ContractError(f"message nests deeper than {MAX_DEPTH} levels") from None
     except ValueError as exc:
         raise ContractError(f"message must be JSON in UTF-8: {exc}") from exc
+
+
+def value_at(document: Mapping[str, Any], path: str) -> Any:
+    """Return what stands at a dotted path; None when a part of it is not there."""
+    value: Any = document
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def encode_json(value: Any, *, indent: int | None = None) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import attrs
 import pytest
@@ -183,9 +184,9 @@ def test_metadata_has_a_second_name_on_the_wire(bench: Bench) -> None:
             {"type": "list", "items": ["a", "b"], "metadata": [{}]},
             "metadata must have one entry per item, got 1 for 2 items",
         ),
-        ({"type": "csv"}, r"spec\.data: type must be one of dataset, .*, none, got 'csv'"),
+        ({"type": "csv"}, r"spec\.data\.type must be one of dataset, .*, none, got 'csv'"),
         ({"items": ["a"]}, "type must be one of dataset, .* got None"),
-        (["a"], "type must be one of dataset, .* got None"),
+        (["a"], r"spec\.data must be a mapping, got list"),
         ({"type": ["list"]}, r"type must be one of dataset, .* got \['list'\]"),
         ({"type": "static"}, r"spec\.data\.task is required"),
         ({"type": "jsonl"}, "one of download_url, url, path, worker_path is required"),
@@ -941,7 +942,7 @@ def test_every_problem_is_told_at_once(bench: Bench) -> None:
     with pytest.raises(InputError, match=r"^task t1: ") as caught:
         bench.resolve("rows model adapters checkpoint", spec)
     text = str(caught.value)
-    for field in ("data:", "model.source:", "model.adapters:", "checkpoint.load:"):
+    for field in ("data.type ", "model.source:", "model.adapters:", "checkpoint.load:"):
         assert text.count(f"spec.{field}") == 1
     assert not caught.value.retriable
 
@@ -969,15 +970,125 @@ def test_a_url_that_is_a_path_of_this_machine_is_read_there(bench: Bench, tmp_pa
     assert inputs.checkpoint == weights
 
 
+@pytest.mark.parametrize(
+    ("data", "records"),
+    [
+        ({"prompts": ["a", "b"]}, [{"prompt": "a"}, {"prompt": "b"}]),
+        ({"prompts": [[{"role": "user", "content": "hi"}]]}, [{"messages": ANY}]),
+        (
+            {"preferences": [{"prompt": "p", "chosen": "c", "rejected": "r"}]},
+            [{"prompt": "p", "chosen": "c", "rejected": "r"}],
+        ),
+        ({"examples": [{"q": 1, "a": [2]}]}, [{"q": 1, "a": [2]}]),
+        ({"type": "records", "items": [{"x": 1}]}, [{"x": 1}]),
+        ({"examples": [{"x": 1}, {"x": 2}, {"x": 3}], "max_samples": 2}, [{"x": 1}, {"x": 2}]),
+    ],
+)
+def test_training_documents_carry_rows_of_any_shape(
+    bench: Bench, data: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    rows = bench.rows(data)
+    assert list(rows.records()) == records
+    assert rows.count() == len(records)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl_path", "text"])
+def test_training_documents_name_a_jsonl_file(bench: Bench, tmp_path: Path, form: str) -> None:
+    file = str(_jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"}, {"text": "c"}))
+    forms: dict[str, Any] = {
+        "jsonl": {"jsonl": {"path": file, "text_field": "text", "max_samples": 1}},
+        "jsonl_path": {"jsonl_path": file, "max_samples": 1},
+        "text": {"jsonl": file, "max_samples": 1},
+    }
+    rows = bench.rows(forms[form])
+    assert list(rows.records()) == [{"text": "a"}]
+
+
+def test_training_documents_bring_a_jsonl_file_from_a_url(online: Bench, site: Site) -> None:
+    _jsonl(site.folder / "rows.jsonl", {"text": "from afar"})
+    rows = online.rows({"jsonl": {"url": f"{site.url}/rows.jsonl", "timeoutSec": 5}})
+    assert list(rows.records()) == [{"text": "from afar"}]
+
+
+def test_records_answer_like_rows_of_a_file(bench: Bench) -> None:
+    rows = bench.rows({"examples": [{"text": "a", "id": 7}], "metadata_columns": ["id"]})
+    assert [(row.index, row.prompt, row.metadata) for row in rows] == [(0, "a", {"id": 7})]
+    nameless = bench.rows({"examples": [{"text": "a"}, {"id": 7}]})
+    with pytest.raises(InputError, match="row 1: a row needs one of prompt, text"):
+        list(nameless)
+
+
+def test_rows_that_are_named_twice_are_refused(bench: Bench) -> None:
+    with pytest.raises(InputError, match="must name its rows once, got jsonl_path and prompts"):
+        bench.rows({"prompts": ["a"], "jsonl_path": "a.jsonl"})
+
+
+def test_data_without_rows_names_what_would_be_some(bench: Bench) -> None:
+    with pytest.raises(
+        InputError, match=r"spec\.data\.type must be .*jsonl_path, dataset_n"
+    ):
+        bench.rows({"promts": ["a"]})
+
+
+def test_rows_to_evaluate_on_are_a_block_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    held = _jsonl(tmp_path / "held.jsonl", {"text": "x"}, {"text": "y"})
+    data = {"prompts": ["a", "b"], "eval": {"jsonl": {"path": str(held)}}}
+    spec = {"data": data, "shard": {"index": 1, "total": 2}}
+    inputs = bench.resolve("rows eval_rows", spec)
+    assert inputs.rows is not None
+    assert inputs.eval_rows is not None
+    assert list(inputs.rows.records()) == [{"prompt": "b"}]
+    assert list(inputs.eval_rows.records()) == [{"text": "x"}, {"text": "y"}]
+    assert held in inputs.paths()
+    moved = inputs.moved({held: Path("/there/held.jsonl")}).eval_rows
+    assert moved is not None
+    assert moved.path == Path("/there/held.jsonl")
+    assert bench.resolve("eval_rows", {"data": {"prompts": ["a"]}}).eval_rows is None
+    with pytest.raises(InputError, match=r"spec\.data\.eval must be a mapping, got str"):
+        bench.resolve("eval_rows", {"data": {"prompts": ["a"], "eval": "held"}})
+
+
+def test_further_models_are_found_where_the_document_names_them(
+    bench: Bench, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge"
+    _write(judge / "config.json", "{}")
+    spec = {
+        "reward_model": {"identifier": str(judge), "type": "sentiment"},
+        "teacher": {"source": {"type": "folder", "path": str(judge)}},
+    }
+    inputs = bench.resolve("", spec, models=["reward_model", "teacher", "nobody.at_all"])
+    assert {name: model.path for name, model in inputs.models.items()} == {
+        "reward_model": judge,
+        "teacher": judge,
+    }
+    assert inputs.moved({judge: Path("/there")}).models["teacher"].path == Path("/there")
+    assert inputs.paths() == (judge, judge)
+
+
+def test_a_further_model_that_cannot_be_found_is_named(bench: Bench) -> None:
+    for block, problem in [
+        ({"identifier": "/no/such"}, r"spec\.reward_model: identifier '/no/such' is no file"),
+        ({"type": "sentiment"}, r"spec\.reward_model: identifier is required"),
+        ("gpt2", r"spec\.reward_model: must be a mapping with source or identifier, got 'gpt2'"),
+    ]:
+        with pytest.raises(InputError, match=problem):
+            bench.resolve(
+                "", {"reward_model": block}, models=["reward_model"], default_identifier="x"
+            )
+
+
 def test_inputs_travel_as_json(bench: Bench, tmp_path: Path) -> None:
     lora = _write(tmp_path / "lora" / "a.gguf")
     spec = {
-        "data": {"type": "list", "items": ["a", "b"]},
+        "data": {"type": "list", "items": ["a", "b"], "eval": {"examples": [{"text": "c"}]}},
         "model": {"source": {"identifier": "org/name"}, "adapters": [{"path": str(lora)}]},
+        "reward_model": {"identifier": "org/judge"},
         "checkpoint": {"load": {"path": str(lora)}},
         "_upstreamResults": {"one": {"x": 1}},
     }
-    inputs = bench.resolve("rows model adapters checkpoint", spec)
+    wanted = "rows eval_rows model adapters checkpoint"
+    inputs = bench.resolve(wanted, spec, models=["reward_model"])
     assert inputs.checkpoint == lora
     assert Inputs.from_dict(json.loads(json.dumps(inputs.to_dict()))) == inputs
     assert Inputs.from_dict(json.loads(json.dumps(Inputs().to_dict()))) == Inputs()

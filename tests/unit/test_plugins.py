@@ -656,7 +656,15 @@ def test_whether_a_package_is_there_is_told_without_importing_it(site: Site) -> 
     assert not is_importable("vllm_like"), "a bare folder of that name does not count"
     assert not is_importable("acme_gone")
     assert not is_importable("acme_gone.sub")
-    assert "acme_engine" not in sys.modules
+    (site.folder / "acme_pack" / "deep").mkdir(parents=True)
+    for module in ("__init__", "deep/__init__", "deep/leaf"):
+        (site.folder / "acme_pack" / f"{module}.py").write_text(BOMB)
+    assert is_importable("acme_pack.deep")
+    assert is_importable("acme_pack.deep.leaf")
+    assert not is_importable("acme_pack.deep.gone")
+    assert not is_importable("acme_pack.deep.leaf.more")
+    assert not is_importable("acme_engine.sub"), "a module has nothing below it"
+    assert not {"acme_engine", "acme_pack", "acme_pack.deep"} & sys.modules.keys()
 
 
 # Drivers and extensions.
