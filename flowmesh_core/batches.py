@@ -19,7 +19,7 @@ from flowmesh_core.executor import Outcome
 from flowmesh_core.places.base import Job, Place
 from flowmesh_core.task_progress import METRICS_NAME
 
-__all__ = ["Batch", "Guest", "Lobby", "Seats", "copy_files"]
+__all__ = ["Batch", "Guest", "Lobby", "Seats", "copy_files", "holds_files"]
 
 # How long those that have arrived wait for the others.
 _PATIENCE_S = 2.0
@@ -249,3 +249,9 @@ def copy_files(source: Path, target: Path) -> None:
     """
     ignored = shutil.ignore_patterns(*_OWN_FILES)
     shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True, symlinks=True)
+
+
+def holds_files(folder: Path) -> bool:
+    """Return whether an executor wrote anything that ``copy_files`` would copy."""
+    written = (path for path in folder.iterdir() if path.name not in _OWN_FILES)
+    return any(file.is_file() for path in written for file in (path, *path.rglob("*")))

@@ -255,6 +255,9 @@ class Settings:
     # Downloads.
     cache_dir: Path | None = _var("FLOWMESH_CACHE_DIR", _folder)  # noqa: RUF009 - it makes a field
     cache_max_bytes: int = _var("FLOWMESH_CACHE_MAX_BYTES", _whole(1), 20 << 30)
+    # Results of deterministic tasks.
+    result_cache: Path | None = _var("FLOWMESH_RESULT_CACHE", _folder)  # noqa: RUF009 - as above
+    result_cache_max_bytes: int = _var("FLOWMESH_RESULT_CACHE_MAX_BYTES", _whole(1), 1 << 30)
     # Plugins.
     only_plugins: tuple[str, ...] = _var("FLOWMESH_ONLY_PLUGINS", _names, ())
     disable_plugins: tuple[str, ...] = _var("FLOWMESH_DISABLE_PLUGINS", _names, ())

@@ -21,6 +21,7 @@ from flowmesh_core.executor import Capability, ExecutorInfo, Outcome
 from flowmesh_core.wire import encode_json, value_at
 
 __all__ = [
+    "OWNER_FIELDS",
     "canonical_json",
     "engine_key",
     "failure_document",
@@ -30,6 +31,8 @@ __all__ = [
     "work_key",
 ]
 
+# Members of ``metadata`` that say whose a task is: nothing is shared across them.
+OWNER_FIELDS = ("owner", "namespace", "tenant")
 # What an answer does not depend on.
 _ABOUT_DELIVERY = {"output", "postprocess", "priority", "resources", "timeoutSec", "timeout_s"}
 _USAGE = ("prompt_tokens", "completion_tokens", "total_tokens", "num_requests")
@@ -63,7 +66,7 @@ def group_key(info: ExecutorInfo, task: Task) -> str | None:
     """
     if Capability.GROUP not in info.capabilities or not info.group_key:
         return None
-    owner = [task.metadata.get(name) for name in ("owner", "namespace", "tenant")]
+    owner = [task.metadata.get(name) for name in OWNER_FIELDS]
     kind = [info.name, task.task_type, task.common.enforce_cpu, owner]
     return canonical_json(kind) + _values_at(task.spec, info.group_key)
 

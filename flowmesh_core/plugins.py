@@ -11,7 +11,13 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import EntryPoint, distribution, entry_points
+from importlib.metadata import (
+    EntryPoint,
+    PackageNotFoundError,
+    distribution,
+    entry_points,
+    version,
+)
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -37,6 +43,7 @@ __all__ = [
     "Plugins",
     "core_requirement",
     "extensions",
+    "installed_version",
     "load_driver",
     "load_plugins",
 ]
@@ -432,6 +439,14 @@ def _complain(candidate: _Candidate, *, raise_now: bool) -> None:
         conflict = candidate.state is PluginState.CONFLICT
         raise (PluginConflictError if conflict else PluginLoadError)(text)
     _log.error("%s", text)
+
+
+def installed_version(name: str) -> str:
+    """Return the version of a distribution; empty when none of that name is installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def load_driver(group: str, name: str) -> Any:

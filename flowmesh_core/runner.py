@@ -1,4 +1,4 @@
-"""Run one task: reserve what it needs, gather its inputs, run it in a place, within its time."""
+"""Run one task: reserve what it needs, run it in a place within its time, end what it started."""
 
 from __future__ import annotations
 
@@ -15,13 +15,8 @@ import attrs
 
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
-from flowmesh_core.batches import copy_files
-from flowmesh_core.config import (
-    Settings,
-    load_plugin_settings,
-    plugin_variables,
-    read_environment,
-)
+from flowmesh_core.batches import copy_files, holds_files
+from flowmesh_core.config import Settings
 from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
     CrashError,
@@ -31,21 +26,19 @@ from flowmesh_core.errors import (
     PluginError,
 )
 from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
-from flowmesh_core.importing import import_target
-from flowmesh_core.inputs import Inputs, hub_cache_folder, resolve_inputs
+from flowmesh_core.inputs import Inputs
 from flowmesh_core.masking import SecretMask
 from flowmesh_core.merge import group_key, work_key
 from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error
-from flowmesh_core.plugins import Plugins, load_driver
+from flowmesh_core.plugins import Plugins
+from flowmesh_core.preparation import Preparation
 from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.reservations import Reservation, Reservations, Stop
 from flowmesh_core.resources import ResourceLedger, parse_resources
+from flowmesh_core.result_cache import ResultCache, result_key
 from flowmesh_core.task_log import TaskLog
 from flowmesh_core.task_progress import ProgressRecorder
-from flowmesh_core.templates import render_env
-from flowmesh_core.validation import validate_model
-from flowmesh_core.wire import encode_json
 
 __all__ = ["Runner", "RunnerEvents"]
 
@@ -92,6 +85,12 @@ class _Run:
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
+    def give_up_seat(self) -> None:
+        """Run alone, or not at all; harmless when it has taken its seat."""
+        if self.reservation.seats is not None and not self.seated:
+            self.seated = True
+            self.reservation.seats.give_up()
+
     def too_late(self) -> DeadlineError:
         return DeadlineError(f"task {self.task.task_id} did not end before its deadline")
 
@@ -127,18 +126,19 @@ class Runner:
         self._settings = settings
         self._plugins = plugins
         self._registry = registry
-        self._fetcher = fetcher
+        self._preparation = Preparation(settings, plugins, registry, fetcher, places=places)
         self._reservations = Reservations(
             ledger, window_s=settings.group_window_s, most=settings.group_max
         )
-        self._place_context = places
         self._events = events or RunnerEvents()
         self._stops: dict[str, Stop] = {}
-        self._places: dict[str, Place] = {}
-        self._models: dict[str, Any] = {}
-        self._plugin_settings: dict[str, Any] = {}
-        self._aliases: dict[str, tuple[str, ...]] = {}
         self._services: dict[str, asyncio.Task[None]] = {}
+        self._cached: set[str] = set()
+        self._cache = (
+            ResultCache(settings.result_cache, settings.result_cache_max_bytes)
+            if settings.result_cache
+            else None
+        )
 
     @property
     def full(self) -> bool:
@@ -162,6 +162,7 @@ class Runner:
     def dismiss(self, task_ids: Iterable[str]) -> None:
         """Forget tasks that have ended."""
         for task_id in task_ids:
+            self._cached.discard(task_id)
             if task_id not in self._services:
                 self._stops.pop(task_id, None)
 
@@ -216,7 +217,7 @@ class Runner:
         """Run the members of one dispatch, together or one after the other.
 
         Yields:
-            Task id, outcome, and whether it is the answer of another member with the same work;
+            Task id, outcome, and whether it is the answer of another task with the same work;
             each as soon as its member has finished.
         """
         if reservation.seats is not None:
@@ -224,7 +225,7 @@ class Runner:
             running = [self._named(task, attempt, reservation) for task, attempt in members]
             for done in asyncio.as_completed(running):
                 task_id, outcome = await done
-                yield task_id, outcome, task_id in copies
+                yield task_id, outcome, task_id in copies or task_id in self._cached
             return
         works = [work_key(task) if len(members) > 1 else None for task, _ in members]
         copied: dict[str, Outcome] = {}
@@ -235,7 +236,7 @@ class Runner:
                 later = zip(members[number + 1 :], works[number + 1 :], strict=True)
                 equal = [member for member, work in later if work == works[number]]
                 copied |= await self._copy(attempt, outcome, equal)
-            yield task.task_id, outcome, same is not None
+            yield task.task_id, outcome, same is not None or task.task_id in self._cached
 
     async def _named(
         self, task: Task, attempt: Attempt, reservation: Reservation
@@ -300,23 +301,20 @@ class Runner:
             if task.task_id not in self._services:  # a service may go on starting tasks
                 await self._end_offspring(run)
             run.close()
-            if run.reservation.seats is not None and not run.seated:
-                run.reservation.seats.give_up()
+            run.give_up_seat()
         outcome = _masked(outcome, run.mask)
         runtime_s = time.monotonic() - started
         self._plugins.observe("flowmesh_after_task", outcome=outcome, runtime_s=runtime_s, **about)
         return outcome
 
     async def _execute(self, run: _Run) -> Outcome:
-        task = run.task
+        task, prepare = run.task, self._preparation
         info = self._resolve(task)
-        spec: Any = task.spec
-        if b"${" in encode_json(spec):  # most documents name no secret, and this look is cheap
-            spec, secrets = render_env(spec, self._settings.env_allow, read_environment())
-            run.mask = run.mask.joined(SecretMask(secrets))
-        checked = self._validate(info, task, spec)
-        inputs = await _in_time(run, self._gather(run, info, spec))
-        place_name, place = self._place(info)
+        spec, mask = prepare.put_secrets_in(task)
+        run.mask = run.mask.joined(mask)
+        checked = prepare.check_spec(info, task, spec)
+        inputs = await _in_time(run, prepare.gather(info, task, spec, run.attempt.folder))
+        place_name, place = prepare.find_place(info)
         if place_name == "inline":
             run.inline |= {info.name}
         previous = [run.attempt.previous] if run.attempt.previous else []
@@ -329,42 +327,37 @@ class Runner:
             ctx=ctx,
             log=run.log,
             mask=run.mask,
-            variables=(*info.variables, *self._aliases.get(info.name, ())),
+            variables=prepare.variables_for(info),
             memory_bytes=request.memory_bytes,
             gpu_memory_bytes=request.gpu_memory_bytes,
         )
         try:
-            return await self._within_memory(run, place, job)
+            return await self._once(run, place, job, inputs)
         finally:
             await place.collect(run.attempt.folder)
 
-    def _validate(self, info: ExecutorInfo, task: Task, spec: Mapping[str, Any]) -> Any:
-        """Check the spec before anything is loaded; an environment's own model is not at hand."""
-        if not info.spec or info.environment:
-            return spec
-        if info.name not in self._models:
-            self._models[info.name] = import_target(info.spec)
-        where = f"task {task.task_id}"
-        return validate_model(self._models[info.name], spec, where=where, prefix="spec")
-
-    async def _gather(self, run: _Run, info: ExecutorInfo, spec: Any) -> Inputs:
-        if not (info.inputs or info.models):
-            return Inputs()
-        task = attrs.evolve(run.task, spec=spec)
-        environ = read_environment()
-        return await asyncio.to_thread(
-            resolve_inputs,
-            task,
-            info.inputs,
-            models=info.models,
-            fetcher=self._fetcher,
-            folder=run.attempt.folder,
-            sources=self._plugins.model_sources(),
-            trust_remote_code=self._settings.trust_remote_code,
-            default_identifier=environ.get(info.default_model) if info.default_model else None,
-            hub_cache=hub_cache_folder(environ),
-            offline=self._settings.hub_offline,
-        )
+    async def _once(self, run: _Run, place: Place, job: Job, inputs: Inputs) -> Outcome:
+        """Take the result of the same work if there is one, else do it and keep its result."""
+        cache = self._cache
+        if cache is None:
+            return await self._within_memory(run, place, job)
+        key = await asyncio.to_thread(result_key, job.info, run.task, inputs)
+        if key is None:
+            return await self._within_memory(run, place, job)
+        while (other := cache.in_flight(key)) is not None:
+            run.give_up_seat()  # whoever does the work may be waiting for it
+            await _in_time(run, asyncio.wait([other]))
+        with cache.flight(key):
+            found = await asyncio.to_thread(cache.find, key)
+            if found is not None:
+                self._cached.add(run.task.task_id)
+                run.log.line("info", f"result of task {found.result['cached']['task_id']} used")
+                return found
+            outcome = await self._within_memory(run, place, job)
+            if not holds_files(run.attempt.folder):
+                masked = _masked(outcome, run.mask)
+                await asyncio.to_thread(cache.keep, key, run.task, masked)
+            return outcome
 
     def _context(
         self, run: _Run, info: ExecutorInfo, spec: Any, inputs: Inputs, there: Mapping[Any, Any]
@@ -385,7 +378,7 @@ class Runner:
             inputs=inputs,
             attempt=run.attempt.number,
             previous=previous and there[previous],
-            settings=self._settings_for(info),
+            settings=self._preparation.settings_for(info),
             devices=run.reservation.devices if Capability.GPU in info.capabilities else (),
             deadline=run.deadline,
             clock=time.monotonic,
@@ -394,29 +387,6 @@ class Runner:
             on_log=run.log.line,
             start_child=start_child,
         )
-
-    def _settings_for(self, info: ExecutorInfo) -> Any:
-        if info.environment:  # its model is read where it can be imported
-            return None
-        if info.settings and info.name not in self._plugin_settings:
-            model = import_target(info.settings)
-            self._plugin_settings[info.name] = load_plugin_settings(model, plugin=info.name)
-            self._aliases[info.name] = plugin_variables(model, plugin=info.name)
-        return self._plugin_settings.get(info.name)
-
-    def _place(self, info: ExecutorInfo) -> tuple[str, Place]:
-        problems = []
-        for name in self._registry.places(info):
-            if name in self._places:
-                return name, self._places[name]
-            try:
-                driver = load_driver("flowmesh.places", name)
-            except PluginError as exc:
-                problems.append(str(exc))
-                continue
-            place: Place = driver(self._place_context)
-            return name, self._places.setdefault(name, place)
-        raise PluginError(f"executor {info.name!r} can run in none of its places: {problems}")
 
     async def _within_memory(self, run: _Run, place: Place, job: Job) -> Outcome:
         try:
@@ -567,8 +537,7 @@ class Runner:
             self.cancel(task_id, "the worker is stopping")
         if self._services:
             await asyncio.wait(list(self._services.values()))
-        for place in self._places.values():
-            await place.close()
+        await self._preparation.close()
 
 
 async def _in_time(run: _Run, work: Coroutine[Any, Any, ResultT]) -> ResultT:
