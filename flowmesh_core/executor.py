@@ -290,6 +290,7 @@ class RunContext:
         raw_spec: The document's ``spec`` as it came, secrets still by name.
         metadata: The document's ``metadata``.
         folder: The attempt's own folder; becomes the task's folder when it succeeds.
+        final_folder: Where that will lie on the worker then: what a result says of its files.
         inputs: Rows, model and checkpoint, resolved to local paths and descriptors.
         attempt: From 1.
         previous: Folder of an earlier attempt of this task, with its checkpoints, or None.
@@ -306,6 +307,7 @@ class RunContext:
     spec: Any
     raw_spec: Mapping[str, Any]
     folder: Path
+    final_folder: Path = attrs.Factory(lambda self: self.folder, takes_self=True)
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     inputs: Inputs = attrs.field(factory=Inputs)
     attempt: int = 1

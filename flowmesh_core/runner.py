@@ -375,6 +375,7 @@ class Runner:
             raw_spec=run.task.spec,
             metadata=run.task.metadata,
             folder=there[run.attempt.folder],
+            final_folder=run.attempt.final,
             inputs=inputs,
             attempt=run.attempt.number,
             previous=previous and there[previous],

@@ -275,6 +275,7 @@ class _Child:
             folder=Path(task["folder"]),
             inputs=Inputs.from_dict(task["inputs"]),
             attempt=task["attempt"],
+            final_folder=Path(task["final_folder"]),
             previous=task["previous"] and Path(task["previous"]),
             settings=self._settings,
             devices=tuple(task["devices"]),

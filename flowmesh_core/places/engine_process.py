@@ -422,6 +422,7 @@ def _describe(job: Job) -> dict[str, Any]:
         "folder": str(ctx.folder.absolute()),
         "inputs": ctx.inputs.to_dict(),
         "attempt": ctx.attempt,
+        "final_folder": str(ctx.final_folder.absolute()),
         "previous": ctx.previous and str(ctx.previous.absolute()),
         "devices": ctx.devices,
         "remaining_s": ctx.remaining_s,

@@ -178,6 +178,7 @@ def do_look_around(ctx: RunContext) -> Any:
         raise ValueError("after writing")
     return {
         "folder": str(ctx.folder),
+        "final": str(ctx.final_folder),
         "file": str(rows.path) if rows else None,
         "prompts": [row.prompt for row in rows or ()],
         "weights": (checkpoint / "weights").read_text() if checkpoint else None,

@@ -68,4 +68,5 @@ def test_what_a_failed_attempt_left_comes_back_and_reaches_the_next_one(tmp_path
     assert (failed.folder / "made.txt").read_text() == "by attempt 1"
     second = run(results)
     assert second.result["told"]["before"] == "by attempt 1"
+    assert Path(second.result["told"]["final"]).name == second.folder.name.split(".")[1]
     assert (second.folder / "made.txt").read_text() == "by attempt 2"

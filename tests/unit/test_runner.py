@@ -192,7 +192,12 @@ def test_a_service_has_succeeded_as_soon_as_it_is_ready(tmp_path: Path) -> None:
 class Reads(Executor):
     def run(self, ctx: RunContext) -> dict[str, Any]:
         rows = [row.prompt for row in ctx.inputs.rows or ()]
-        return {"rows": rows, "attempt": ctx.attempt, "previous": str(ctx.previous)}
+        return {
+            "rows": rows,
+            "attempt": ctx.attempt,
+            "previous": str(ctx.previous),
+            "final": str(ctx.final_folder),
+        }
 
 
 def test_declared_inputs_are_gathered_and_others_are_not(tmp_path: Path) -> None:
@@ -207,6 +212,7 @@ def test_a_second_attempt_sees_what_the_first_one_left(tmp_path: Path) -> None:
     second = run_task(Reads, {}, folder=tmp_path, task_id="same")
     assert second.result["attempt"] == 2
     assert second.result["previous"] == str(first.folder)
+    assert second.result["final"] == str(tmp_path / "same")
 
 
 class Wrong(Executor):
