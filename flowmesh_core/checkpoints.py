@@ -293,9 +293,12 @@ def _nowhere(origin: Origin, task: Path | None) -> str:
 
 
 def existing(text: str) -> Path | None:
-    """Return a local path that exists, or None for any other text."""
+    """Return a local path that exists, or None for any other text.
+
+    A relative one counts from this process's working folder; executors have one of their own.
+    """
     try:
-        path = Path(text)
+        path = Path(text).absolute()
         return path if path.exists() else None
     except (OSError, ValueError):  # too long, or with a NUL: no name of a file
         return None

@@ -225,7 +225,9 @@ def _from_dataset(data: _DatasetData, trust_remote_code: bool) -> RowSource:
             " worker does not allow; leave it out, or set FLOWMESH_TRUST_REMOTE_CODE=1 there"
         )
     fields = set(_DatasetData.model_fields) - {"limit"}
-    return RowSource(kind="dataset", params=data.model_dump(include=fields))
+    local = existing(data.url)
+    url = {"url": str(local)} if local else {}
+    return RowSource(kind="dataset", params={**data.model_dump(include=fields), **url})
 
 
 def _jsonl_file(data: _JsonlData, fetcher: Fetcher, folder: Path) -> Path:

@@ -1078,6 +1078,25 @@ def test_a_further_model_that_cannot_be_found_is_named(bench: Bench) -> None:
             )
 
 
+def test_relative_paths_hold_in_any_working_folder(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    for name in ("model/config.json", "lora/adapter_config.json", "start/config.json"):
+        _write(tmp_path / name, "{}")
+    wanted = "rows eval_rows model adapters checkpoint"
+    spec = {
+        "data": {"jsonl_path": "a.jsonl", "eval": {"dataset_name": "a.jsonl"}},
+        "model": {"source": {"identifier": "model"}, "adapters": [{"path": "lora"}]},
+        "checkpoint": {"load": {"path": "start"}},
+        "judge": {"identifier": "model"},
+    }
+    paths = bench.resolve(wanted, spec, models=["judge"]).paths()
+    assert len(paths) == 6
+    assert all(path.is_absolute() for path in paths)
+
+
 def test_inputs_travel_as_json(bench: Bench, tmp_path: Path) -> None:
     lora = _write(tmp_path / "lora" / "a.gguf")
     spec = {
