@@ -49,6 +49,8 @@ class Receiver(BaseHTTPRequestHandler):
     """Keeps an upload, hashing it afterwards as the earlier host did, and gives it back."""
 
     protocol_version = "HTTP/1.1"
+    # Or the answer's body waits 40 ms for its head to be acknowledged, whoever asks.
+    disable_nagle_algorithm = True
     folder: Path
 
     def do_POST(self) -> None:

@@ -29,13 +29,13 @@ class PackOptions:
     """How to compress.
 
     Attributes:
-        level: 0 stores; 1 is the fastest.
+        level: 0 stores; 1 is the fastest; None chooses for each block.
         threads: How many compress; None takes what the process may use, at most 4.
         pigz: Compress with pigz instead, if it is installed.
         fsync: Write the archive through to the disk.
     """
 
-    level: int = 1
+    level: int | None = None
     threads: int | None = None
     pigz: PigzOptions | None = None
     fsync: bool = False
@@ -48,7 +48,7 @@ class PackOptions:
             program=settings.archive_pigz_bin, level=level, threads=settings.archive_pigz_threads
         )
         return cls(
-            level=1 if level is None else level,
+            level=level,
             pigz=pigz if settings.archive_use_pigz else None,
             fsync=settings.fsync,
         )

@@ -24,6 +24,7 @@ _HIGHEST_LEVEL = 3
 _LONGEST_STORED = 0xFFFF
 _SAMPLES, _SAMPLE_BYTES = 3, 8192
 _WORTH_IT = 0.97
+_TEXT = 0.5
 _MOST_THREADS = 4
 
 
@@ -45,16 +46,17 @@ class IsalGzip:
 
     Args:
         sink: Gets the pieces in order, on the caller's thread.
-        level: 0 stores, 1 is the fastest; above 3 is as 3, the highest that ISA-L has.
+        level: 0 stores, 1 is the fastest; above 3 is as 3, the highest that ISA-L has. None takes 3
+            for a block that shrinks by half, which is text and not weights, and 1 for another.
         threads: How many compress; by default one for each core that this process may use, at
             most 4.
     """
 
     def __init__(
-        self, sink: Callable[[bytes], None], *, level: int = 1, threads: int | None = None
+        self, sink: Callable[[bytes], None], *, level: int | None = None, threads: int | None = None
     ) -> None:
         self._sink = sink
-        self._level = min(level, _HIGHEST_LEVEL)
+        self._level = None if level is None else min(level, _HIGHEST_LEVEL)
         count = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="gzip")
         self._most_waiting = count + 2
@@ -82,9 +84,12 @@ class IsalGzip:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _deflate(block: bytearray, level: int) -> bytes:
+def _deflate(block: bytearray, level: int | None) -> bytes:
     """Return deflate blocks that end on a byte and are no longer than stored ones."""
-    if level and _shrinks(block):
+    ratio = 1.0 if level == 0 else _guess_ratio(block)
+    if ratio < _WORTH_IT:
+        if level is None:
+            level = _HIGHEST_LEVEL if ratio < _TEXT else 1
         packed = _squeeze(block, level)
         if len(packed) < len(block):
             return packed
@@ -97,15 +102,14 @@ def _squeeze(block: bytearray | memoryview, level: int) -> bytes:
     return packed
 
 
-def _shrinks(block: bytearray) -> bool:
-    """Tell from a few samples whether compressing is worth its time."""
+def _guess_ratio(block: bytearray) -> float:
+    """Tell from a few samples how far a block will shrink; a short one is worth its time anyway."""
     step = (len(block) - _SAMPLE_BYTES) // (_SAMPLES - 1)
     if step < _SAMPLE_BYTES:
-        return True
+        return 0.0
     view = memoryview(block)
     samples = (view[i * step : i * step + _SAMPLE_BYTES] for i in range(_SAMPLES))
-    packed = sum(len(_squeeze(sample, 1)) for sample in samples)
-    return packed < _WORTH_IT * _SAMPLES * _SAMPLE_BYTES
+    return sum(len(_squeeze(sample, 1)) for sample in samples) / (_SAMPLES * _SAMPLE_BYTES)
 
 
 def _store(block: bytearray) -> bytes:

@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
+
+from flowmesh_core.bounded_folder import BoundedFolder
 
 __all__ = ["CachedFile", "DownloadCache"]
 
@@ -72,6 +73,10 @@ class DownloadCache:
     folder: Path
     max_bytes: int
 
+    @property
+    def _bounded(self) -> BoundedFolder:
+        return BoundedFolder(path=self.folder, max_bytes=self.max_bytes)
+
     def find(self, url: str) -> CachedFile | None:
         """Return what an earlier download of the URL left."""
         try:
@@ -94,43 +99,19 @@ class DownloadCache:
         if not validator or file.stat().st_size > self.max_bytes:
             return
         with contextlib.suppress(OSError):
-            self._entry(url).parent.mkdir(parents=True, exist_ok=True)
             target = self.folder / sha256
             if target.exists():
                 os.utime(target)
             else:
-                with self._appearing(target) as part:
+                with self._bounded.appearing(target) as part:
                     _link_or_copy(file, part)
-            with self._appearing(self._entry(url)) as part:
+            with self._bounded.appearing(self._entry(url)) as part:
                 part.write_text(json.dumps({"validator": validator, "sha256": sha256}))
-            self._make_room()
+            self._bounded.make_room()
 
     def _entry(self, url: str) -> Path:
         # Only the hash: a URL may carry a signature.
         return self.folder / "urls" / hashlib.sha256(url.encode(errors="replace")).hexdigest()
-
-    @contextlib.contextmanager
-    def _appearing(self, target: Path) -> Iterator[Path]:
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            yield part
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def _make_room(self) -> None:
-        """Remove the longest unused files until the rest fits."""
-        files = [(e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in self._files()]
-        total_bytes = sum(size for _, size, _ in files)
-        for _, size_bytes, path in sorted(files):
-            if total_bytes <= self.max_bytes:
-                return
-            Path(path).unlink(missing_ok=True)
-            total_bytes -= size_bytes
-
-    def _files(self) -> Iterator[os.DirEntry[str]]:
-        with os.scandir(self.folder) as entries:
-            yield from (e for e in entries if e.is_file() and not e.name.startswith("."))
 
 
 def _link_or_copy(file: Path, target: Path) -> None:

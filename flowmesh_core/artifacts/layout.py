@@ -11,10 +11,11 @@ A task's folder appears by one rename, so that it is there whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import attrs
@@ -86,20 +87,40 @@ class Attempt:
             os.close(handle)
 
     def commit(self, *, fsync: bool = False) -> None:
-        """Rename the attempt to the task's folder, replacing what an earlier run left there."""
-        for name in os.listdir(self.folder):  # noqa: PTH208 - the hot path of every task
-            if name.startswith("."):
-                _remove(self.folder / name)  # fetched for this attempt only
+        """Rename the attempt to the task's folder, replacing what an earlier run left there.
+
+        What begins with a dot was for this attempt only and is removed.
+        """
+        names = os.listdir(self.folder)  # noqa: PTH208 - the hot path of every task
         try:
             os.rename(self.folder, self.final)  # noqa: PTH104 - as above
         except OSError:
             if not self.final.is_dir():
                 raise
             self._replace_final()
+        # Only now: had this failed, the attempt would still be whole.
+        for name in names:
+            if name.startswith("."):
+                _discard(self.final / name)
         if self.number > 1:
             self._remove_earlier()
         if fsync:
             _sync_folder(self.final.parent)
+
+    @contextlib.contextmanager
+    def leaving_out(self, names: Iterable[str]) -> Iterator[None]:
+        """Hide paths that the commit is to remove; they come back if the block fails."""
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for path in map(self.folder.joinpath, names):
+                if path.exists():
+                    moved.append((path, path.rename(self.folder / f".shipped-{len(moved)}")))
+            yield
+        except BaseException:
+            for path, hidden in reversed(moved):
+                with contextlib.suppress(OSError):
+                    hidden.rename(path)
+            raise
 
     @property
     def _aside(self) -> Path:
@@ -117,11 +138,13 @@ class Attempt:
             shutil.rmtree(_attempt_folder(self.final, number), ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
+def _discard(path: Path) -> None:
+    """Remove a file or a folder; what cannot be removed does no harm where it is."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _attempt_folder(final: Path, number: int) -> Path:

@@ -10,17 +10,32 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import attrs
 
 from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME
 from flowmesh_core.errors import ManifestError
 from flowmesh_core.wire import utc_now
 
-__all__ = ["build_manifest", "measure_folder", "normalise_name"]
+__all__ = ["Seen", "build_manifest", "normalise_name"]
 
 _EXPECTED = ("artifacts", "logs", RESULT_NAME)
+
+
+@attrs.frozen(kw_only=True)
+class Seen:
+    """What was read of a task's folder already, by path below it.
+
+    Attributes:
+        digests: SHA-256 of files.
+        sizes: Of folders: bytes and number of the regular files below.
+    """
+
+    digests: dict[str, str] = attrs.field(factory=dict)
+    sizes: dict[str, tuple[int, int]] = attrs.field(factory=dict)
 
 
 def build_manifest(
@@ -28,7 +43,7 @@ def build_manifest(
     folder: Path,
     *,
     expected: Iterable[str] = (),
-    digests: Mapping[str, str] | None = None,
+    seen: Seen | None = None,
 ) -> dict[str, Any]:
     """List a task's folder.
 
@@ -36,19 +51,18 @@ def build_manifest(
         task_id: Named in the manifest.
         folder: The task's or the attempt's folder; paths in the manifest are relative to it.
         expected: ``spec.output.artifacts``; listed as ``missing`` when absent.
-        digests: SHA-256 of files that the caller has hashed already, by path below the folder.
+        seen: What need not be read again.
 
     Raises:
         ManifestError: A file vanished or cannot be read while it was listed.
     """
-    now = utc_now()
+    now, seen = utc_now(), seen or Seen()
     required = sorted({normalise_name(name) for name in expected}.union(_EXPECTED) - {""})
-    known = digests or {}
     try:
         present = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
         others = sorted(present - set(required) - {MANIFEST_NAME})
         entries = [
-            _entry(folder, name, now, required=name in required, digest=known.get(name))
+            _entry(folder, name, now, required=name in required, seen=seen)
             for name in (*required, *others)
         ]
     except OSError as exc:
@@ -74,18 +88,16 @@ def _kind(name: str) -> str:
     return "directory"
 
 
-def _entry(
-    folder: Path, name: str, now: str, *, required: bool, digest: str | None
-) -> dict[str, Any]:
+def _entry(folder: Path, name: str, now: str, *, required: bool, seen: Seen) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": name, "path": name, "type": _kind(name), "required": required}
     status = _find(folder, name)
     if status is None:
         return {**entry, "status": "missing"}
     entry.update(status="present", updated_at=now, size=status.st_size)
     if stat.S_ISDIR(status.st_mode):
-        entry["size"], entry["file_count"] = measure_folder(f"{folder}/{name}")
+        entry["size"], entry["file_count"] = seen.sizes.get(name) or _measure(f"{folder}/{name}")
     elif stat.S_ISREG(status.st_mode):  # a pipe would wait for its writer
-        entry["sha256"] = digest or _sha256(folder / name)
+        entry["sha256"] = seen.digests.get(name) or _sha256(folder / name)
     return entry
 
 
@@ -102,19 +114,21 @@ def _find(folder: Path, name: str) -> os.stat_result | None:
         return path.stat() if folder.resolve() in path.resolve().parents else None
     except RuntimeError:  # how resolve() reports links in a circle before Python 3.13
         return None
+    except ValueError:  # text that no file system can hold as a name
+        return None
     except OSError as exc:
-        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             return None
         raise
 
 
-def measure_folder(folder: str) -> tuple[int, int]:
+def _measure(folder: str) -> tuple[int, int]:
     """Return bytes and number of the regular files below a folder, links left out."""
     size = count = 0
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                inner_size, inner_count = measure_folder(entry.path)
+                inner_size, inner_count = _measure(entry.path)
                 size, count = size + inner_size, count + inner_count
             elif entry.is_file(follow_symlinks=False):
                 size, count = size + entry.stat(follow_symlinks=False).st_size, count + 1

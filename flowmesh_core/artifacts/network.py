@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import attrs
@@ -31,10 +31,20 @@ _PORTS = {"http": 80, "https": 443}
 _FORBIDDEN = tuple(
     map(
         ipaddress.ip_network,
-        ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32"),
+        (
+            *("169.254.0.0/16", "fe80::/10"),
+            # Metadata elsewhere: AWS, Alibaba, Azure, Oracle.
+            *("fd00:ec2::254/128", "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32"),
+        ),
     )
 )
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# IPv6 addresses that end with an IPv4 one. Source: RFC 4291 2.5.5, RFC 6052, RFC 7915, RFC 8215.
+_ENDS_WITH_IPV4 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48"),
+    )
+)
 # Whatever else a request carries may be a secret and stays with the origin it was meant for.
 _HARMLESS = frozenset(
     {
@@ -43,6 +53,8 @@ _HARMLESS = frozenset(
     }
 )
 _FIRST_KEY = "flowmesh_first"
+# Comes before anything is sent. Source: the "trace" extension of httpx.
+_CONNECTED = "connection.connect_tcp.complete"
 
 
 @attrs.frozen(kw_only=True)
@@ -152,7 +164,7 @@ def _addresses(host: str) -> Iterator[str]:
     Numbers in all their spellings (``0xa9fea9fe``) are resolved too.
     """
     try:
-        yield str(ipaddress.ip_address(host.partition("%")[0]))
+        yield str(_parse_address(host))
         return
     except ValueError:  # a name
         pass
@@ -169,22 +181,29 @@ def check_address(address: str, url: str) -> None:
     Raises:
         ArtifactError: Naming the URL that led there.
     """
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    for form in (parsed, _inner(parsed)):
-        if form is not None and any(form in network for network in _FORBIDDEN):
+    for form in _forms(_parse_address(address)):
+        if any(form in network for network in _FORBIDDEN):
             raise ArtifactError(
                 f"{mask_url(url)} leads to {address}, a link-local or metadata address, which"
                 " workers never open"
             )
 
 
-def _inner(address: Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that an IPv6 one stands for."""
+def _parse_address(text: str) -> Address:
+    """Read an address; only one of IPv6 may have a zone, and ``1.2.3.4%.example.org`` is a name."""
+    return ipaddress.ip_address(text.partition("%")[0] if ":" in text else text)
+
+
+def _forms(address: Address) -> Iterator[Address]:
+    """Return an address and the IPv4 ones that it may stand for."""
+    yield address
     if isinstance(address, ipaddress.IPv4Address):
-        return None
-    if address in _NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour
+        return
+    if any(address in network for network in _ENDS_WITH_IPV4):
+        yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.sixtofour:
+        yield address.sixtofour
+    yield from address.teredo or ()
 
 
 def build_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.Client:
@@ -194,33 +213,54 @@ def build_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.Cli
     _quieten()
 
     def before(request: httpx.Request) -> None:
-        policy.check(str(request.url))
+        url = str(request.url)
+        policy.check(url)
         _follow(request)
 
-    return httpx.Client(
-        timeout=timeout_s,
-        follow_redirects=True,
-        event_hooks={"request": [before], "response": [_check_peer]},
-    )
+        def watch(event: str, info: Mapping[str, Any]) -> None:
+            if event == _CONNECTED:
+                try:
+                    _check_peer(info["return_value"], url)
+                except ArtifactError:
+                    info["return_value"].close()
+                    raise
+
+        request.extensions["trace"] = watch
+
+    return httpx.Client(timeout=timeout_s, follow_redirects=True, event_hooks={"request": [before]})
 
 
 def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.AsyncClient:
-    """Build the same for a coroutine; names are resolved on a thread."""
+    """Build the same for coroutines; names are resolved on a thread, cookies are not kept.
+
+    Several tasks may share it, and one must not be let in with what another was given.
+    """
+    from http.cookiejar import CookieJar, DefaultCookiePolicy  # noqa: PLC0415 - as below
+
     import httpx  # noqa: PLC0415 - see the import block
 
     _quieten()
 
     async def before(request: httpx.Request) -> None:
-        await asyncio.to_thread(policy.check, str(request.url))
+        url = str(request.url)
+        await asyncio.to_thread(policy.check, url)
         _follow(request)
 
-    async def after(response: httpx.Response) -> None:
-        _check_peer(response)
+        async def watch(event: str, info: Mapping[str, Any]) -> None:
+            if event == _CONNECTED:
+                try:
+                    _check_peer(info["return_value"], url)
+                except ArtifactError:
+                    await info["return_value"].aclose()
+                    raise
+
+        request.extensions["trace"] = watch
 
     return httpx.AsyncClient(
         timeout=timeout_s,
         follow_redirects=True,
-        event_hooks={"request": [before], "response": [after]},
+        event_hooks={"request": [before]},
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
     )
 
 
@@ -250,9 +290,8 @@ def _follow(request: httpx.Request) -> None:
             del request.headers[name]
 
 
-def _check_peer(response: httpx.Response) -> None:
+def _check_peer(stream: Any, url: str) -> None:
     """Look whom we really reached: the name may have led elsewhere since it was checked."""
-    stream = response.extensions.get("network_stream")
-    peer = stream.get_extra_info("server_addr") if stream else None
+    peer = stream.get_extra_info("server_addr")
     if isinstance(peer, tuple):
-        check_address(str(peer[0]), str(response.request.url))
+        check_address(str(peer[0]), url)

@@ -40,7 +40,6 @@ class Parcel:
         path: Where the file lies now.
         final: Where it will lie once the task is committed.
         growing: It is still being written: readers wait until ``seal``.
-        most_bytes: What a growing file will hardly exceed.
         on_sent: Told how many bytes have been sent, from the start again at each new try.
 
     Attributes:
@@ -55,7 +54,6 @@ class Parcel:
         final: Path,
         *,
         growing: bool = False,
-        most_bytes: int = 0,
         on_sent: Callable[[int], None] = _ignore,
     ) -> None:
         self.task_id = task_id
@@ -65,7 +63,6 @@ class Parcel:
         self.sha256 = ""
         self._growing = growing
         self._there_bytes = 0 if growing else path.stat().st_size
-        self._most_bytes = most_bytes
         self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
@@ -74,11 +71,6 @@ class Parcel:
     def size_bytes(self) -> int | None:
         """Size of the whole file; None while it grows."""
         return None if self._growing else self._there_bytes
-
-    @property
-    def most_bytes(self) -> int:
-        """The size, or a guess that is hardly too low while it is unknown."""
-        return max(self._there_bytes, self._most_bytes if self._growing else 0)
 
     def grow(self, size_bytes: int) -> None:
         """Let readers read this far.

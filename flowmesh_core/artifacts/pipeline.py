@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from flowmesh_core.artifacts.archive import PackOptions
 from flowmesh_core.artifacts.jsonl_export import write_jsonl_export
 from flowmesh_core.artifacts.layout import MANIFEST_NAME, RESULT_NAME, Attempt
-from flowmesh_core.artifacts.manifest import build_manifest
+from flowmesh_core.artifacts.manifest import Seen, build_manifest
 from flowmesh_core.artifacts.shipping import Progress, Sender, Shipping
 from flowmesh_core.contract import Destination, Task
 from flowmesh_core.errors import ArtifactError
@@ -83,13 +83,14 @@ class ArtifactPipeline:
         artifacts = list(outcome.artifacts)
         if "postprocess" in task.spec:
             artifacts += await self._export(task, attempt, result)
-        digests = await self._ship(task, attempt, artifacts, result) if artifacts else {}
+        seen, gone = await self._ship(task, attempt, artifacts, result)
         body = _encode(task, result)
+        written = task, attempt, body, seen, gone
         try:
             if self._takes_long(task, attempt, body):
-                await asyncio.to_thread(self._write, task, attempt, body, digests)
+                await asyncio.to_thread(self._write, *written)
             else:
-                self._write(task, attempt, body, digests)
+                self._write(*written)
         except OSError as exc:
             raise ArtifactError(
                 f"task {task.task_id}: cannot write {attempt.final}: {exc}", retriable=True
@@ -134,8 +135,10 @@ class ArtifactPipeline:
 
     async def _ship(
         self, task: Task, attempt: Attempt, artifacts: Iterable[Artifact], result: dict[str, Any]
-    ) -> dict[str, str]:
-        """Ship everything; return the digests that were taken on the way."""
+    ) -> tuple[Seen, list[str]]:
+        """Ship everything; return what was read on the way, and what need not be kept."""
+        if not artifacts:
+            return Seen(), []
         if task.destination.type != "local":
             _check_names(task, artifacts)
         shipping = Shipping(
@@ -149,25 +152,18 @@ class ArtifactPipeline:
         )
         for artifact in artifacts:
             await shipping.ship(artifact)
-        if self._cleanup:
-            try:
-                shipping.clear_away()
-            except OSError as exc:
-                raise ArtifactError(
-                    f"task {task.task_id}: what was shipped cannot be cleared away: {exc}"
-                ) from exc
-        return shipping.digests
+        return shipping.seen, shipping.clear_away() if self._cleanup else []
 
-    def _write(self, task: Task, attempt: Attempt, body: bytes, digests: Mapping[str, str]) -> None:
-        attempt.write(RESULT_NAME, body, fsync=self._fsync)
-        manifest = build_manifest(
-            task.task_id,
-            attempt.folder,
-            expected=task.common.output.artifacts,
-            digests={**digests, RESULT_NAME: hashlib.sha256(body).hexdigest()},
-        )
-        attempt.write(MANIFEST_NAME, encode_json(manifest), fsync=self._fsync)
-        attempt.commit(fsync=self._fsync)
+    def _write(
+        self, task: Task, attempt: Attempt, body: bytes, seen: Seen, gone: Iterable[str]
+    ) -> None:
+        with attempt.leaving_out(gone):
+            attempt.write(RESULT_NAME, body, fsync=self._fsync)
+            seen.digests[RESULT_NAME] = hashlib.sha256(body).hexdigest()
+            expected = task.common.output.artifacts
+            manifest = build_manifest(task.task_id, attempt.folder, expected=expected, seen=seen)
+            attempt.write(MANIFEST_NAME, encode_json(manifest), fsync=self._fsync)
+            attempt.commit(fsync=self._fsync)
 
 
 def _check_names(task: Task, artifacts: Iterable[Artifact]) -> None:

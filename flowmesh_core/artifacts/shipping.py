@@ -13,7 +13,7 @@ import attrs
 
 from flowmesh_core.artifacts.archive import Packed, PackOptions, pack
 from flowmesh_core.artifacts.layout import Attempt, confine
-from flowmesh_core.artifacts.manifest import measure_folder, normalise_name
+from flowmesh_core.artifacts.manifest import Seen, normalise_name
 from flowmesh_core.artifacts.parcel import Parcel, Receipt
 from flowmesh_core.contract import Destination, Task
 from flowmesh_core.errors import ArtifactError, UploadError
@@ -46,7 +46,7 @@ class Shipping:
         options: How to compress.
         optional: A failed upload is a warning, and the result has no address.
         on_progress: Told of every upload, about once a second.
-        digests: SHA-256 of what was read on the way, by path below the task's folder.
+        seen: What was read on the way.
     """
 
     task: Task
@@ -56,7 +56,7 @@ class Shipping:
     options: PackOptions
     optional: bool = False
     on_progress: Progress | None = None
-    digests: dict[str, str] = attrs.field(factory=dict)
+    seen: Seen = attrs.field(factory=Seen)
     _packed: dict[str, tuple[str, bool]] = attrs.field(factory=dict)
 
     async def ship(self, artifact: Artifact) -> None:
@@ -76,7 +76,7 @@ class Shipping:
         parcel = self._wrap(path, artifact.path)
         receipt = await self._send(parcel)
         if parcel.sha256:
-            self.digests[normalise_name(artifact.path)] = parcel.sha256
+            self.seen.digests[normalise_name(artifact.path)] = parcel.sha256
         if artifact.result_key and receipt:
             known = self.result.get(artifact.result_key)
             known = known if isinstance(known, dict) else {}
@@ -86,8 +86,7 @@ class Shipping:
         folder = self._find(artifact, Path.is_dir)
         relative = str(PurePosixPath(artifact.path))
         archive = confine(self.attempt.folder, relative + _SUFFIX)
-        most_bytes = await asyncio.to_thread(_guess_size, folder)
-        parcel = self._wrap(archive, relative + _SUFFIX, growing=True, most_bytes=most_bytes)
+        parcel = self._wrap(archive, relative + _SUFFIX, growing=True)
         sending = asyncio.ensure_future(self._send(parcel))
         try:
             packed = await asyncio.to_thread(
@@ -114,8 +113,11 @@ class Shipping:
         return frozenset(name.removeprefix(start) for name in names if name.startswith(start))
 
     def _note(self, relative: str, packed: Packed) -> None:
-        self.digests[relative + _SUFFIX] = packed.sha256
-        self.digests |= {f"{relative}/{name}": digest for name, digest in packed.digests.items()}
+        self.seen.sizes[relative] = packed.content_bytes, packed.files
+        self.seen.digests[relative + _SUFFIX] = packed.sha256
+        self.seen.digests.update(
+            {f"{relative}/{name}": digest for name, digest in packed.digests.items()}
+        )
 
     def _tell(self, artifact: Artifact, packed: Packed, receipt: Receipt | None) -> None:
         """Write the contract's keys: ``final_model_path`` and those that go with it."""
@@ -133,13 +135,11 @@ class Shipping:
         self.result.update({f"{prefix}_{k}": v for k, v in keys.items() if v is not None})
         self._packed[str(path)] = prefix, bool(receipt and receipt.verified)
 
-    def clear_away(self) -> None:
-        """Take from the task's folder what a store has verifiably got, and checkpoints with it.
+    def clear_away(self) -> list[str]:
+        """Strike from the result what a store has verifiably got, and checkpoints with it.
 
-        Nothing is deleted yet: names that begin with a dot end when the attempt is committed.
-
-        Raises:
-            OSError: It cannot be renamed.
+        Returns:
+            The paths below the task's folder that need not be kept.
         """
         gone = []
         for relative, (prefix, verified) in self._packed.items():
@@ -149,10 +149,7 @@ class Shipping:
                     self.result.pop(f"{prefix}_{key}", None)
         if gone and all(verified for _, verified in self._packed.values()):
             gone.append(_CHECKPOINTS)
-        for number, relative in enumerate(gone):
-            path = self.attempt.folder / relative
-            if path.exists():
-                path.rename(self.attempt.folder / f".shipped-{number}")
+        return gone
 
     def _find(self, artifact: Artifact, is_right: Callable[[Path], bool]) -> Path:
         path = confine(self.attempt.folder, artifact.path)
@@ -163,8 +160,9 @@ class Shipping:
             )
         return path
 
-    def _wrap(self, path: Path, relative: str, **growing: Any) -> Parcel:
-        parcel = Parcel(self.task.task_id, path, self.attempt.final / relative, **growing)
+    def _wrap(self, path: Path, relative: str, *, growing: bool = False) -> Parcel:
+        final = self.attempt.final / relative
+        parcel = Parcel(self.task.task_id, path, final, growing=growing)
         if self.on_progress:
             parcel.on_sent = _Teller(parcel, self.on_progress)
         return parcel
@@ -177,13 +175,6 @@ class Shipping:
                 raise
             _log.warning("task %s goes on without: %s", self.task.task_id, exc)
             return None
-
-
-def _guess_size(folder: Path) -> int:
-    try:
-        return measure_folder(str(folder))[0]
-    except OSError:  # packing will say it
-        return 0
 
 
 class _Teller:

@@ -5,11 +5,12 @@ Source: POSIX.1-2001 pax, for long names, names beyond ASCII and files above 8 G
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import attrs
@@ -19,6 +20,7 @@ from flowmesh_core.errors import ArchiveError
 __all__ = ["BLOCK_BYTES", "TarContent", "write_tar"]
 
 BLOCK_BYTES = 1 << 20
+_NO_TIME = b"\0%011o\0" % 0
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -57,7 +59,7 @@ def write_tar(
             was cut short meanwhile.
         OSError: Something cannot be read.
     """
-    writer = _Writer(folder=folder, root=os.path.realpath(folder), emit=emit, hashed=hashed)
+    writer = _Writer(folder=str(folder), root=os.path.realpath(folder), emit=emit, hashed=hashed)
     writer.add_folder("", top)
     writer.finish()
     return TarContent(files=writer.files, size_bytes=writer.size_bytes, digests=writer.digests)
@@ -65,7 +67,9 @@ def write_tar(
 
 @attrs.define(kw_only=True)
 class _Writer:
-    folder: Path
+    """Fills one block after the other; each begins as zeros, and so padding is left out."""
+
+    folder: str
     root: str
     emit: Callable[[bytearray], None]
     hashed: Container[str]
@@ -74,19 +78,19 @@ class _Writer:
     digests: dict[str, str] = attrs.field(factory=dict)
     _block: bytearray = attrs.field(factory=lambda: bytearray(BLOCK_BYTES))
     _used: int = 0
-    _total_bytes: int = 0
+    _emitted_bytes: int = 0
 
     def add_folder(self, below: str, name: str) -> None:
         """Add a folder and all in it; ``below`` is its path on disk, ``name`` that in the tar."""
-        self._put_header(name, tarfile.DIRTYPE, mode=0o755)
+        self._put_header(name, tarfile.DIRTYPE, 0o755)
         for entry in _sorted_entries(f"{self.folder}/{below}"):
             inner = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_symlink():
+            if entry.is_file(follow_symlinks=False):
+                self._add_file(inner, f"{name}/{entry.name}")
+            elif entry.is_symlink():
                 self._add_link(inner, f"{name}/{entry.name}")
             elif entry.is_dir(follow_symlinks=False):
                 self.add_folder(inner, f"{name}/{entry.name}")
-            elif entry.is_file(follow_symlinks=False):
-                self._add_file(inner, f"{name}/{entry.name}")
             else:
                 raise self._refused(inner, "is no file, folder or link; remove it")
 
@@ -99,30 +103,24 @@ class _Writer:
             raise self._refused(below, "is a link that leads nowhere; remove it")
         # Relative to where the link lies, so that it holds wherever the archive is unpacked.
         where = os.path.realpath(os.path.dirname(path))  # noqa: PTH120 - as above
-        self._put_header(name, tarfile.SYMTYPE, link=os.path.relpath(target, where), mode=0o777)
+        self._put_header(name, tarfile.SYMTYPE, 0o777, link=os.path.relpath(target, where))
 
     def _add_file(self, below: str, name: str) -> None:
-        digest = hashlib.sha256() if below in self.hashed else None
         file = os.open(f"{self.folder}/{below}", _FLAGS)
         try:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise self._refused(below, "was replaced while it was packed")
             mode = 0o755 if status.st_mode & stat.S_IXUSR else 0o644
-            self._put_header(name, tarfile.REGTYPE, size_bytes=status.st_size, mode=mode)
-            for piece in self._pull(file, status.st_size, below):
-                if digest:
-                    digest.update(piece)
+            self._put_header(name, tarfile.REGTYPE, mode, status.st_size)
+            self._pull(file, status.st_size, below)
         finally:
             os.close(file)
-        self._put(bytes(-status.st_size % tarfile.BLOCKSIZE))
-        if digest:
-            self.digests[below] = digest.hexdigest()
         self.files += 1
         self.size_bytes += status.st_size
 
     def _put_header(
-        self, name: str, kind: bytes, *, mode: int, size_bytes: int = 0, link: str = ""
+        self, name: str, kind: bytes, mode: int, size_bytes: int = 0, link: str = ""
     ) -> None:
         self._put(
             _plain_header(name, kind, mode, size_bytes, link)
@@ -130,14 +128,14 @@ class _Writer:
         )
 
     def _put(self, data: bytes) -> None:
-        while data:
-            piece = data[: BLOCK_BYTES - self._used]
-            self._block[self._used : self._used + len(piece)] = piece
-            self._advance(len(piece))
-            data = data[len(piece) :]
+        for start in range(0, len(data), tarfile.BLOCKSIZE):  # always whole ones
+            record = data[start : start + tarfile.BLOCKSIZE]
+            self._block[self._used : self._used + tarfile.BLOCKSIZE] = record
+            self._advance(tarfile.BLOCKSIZE)
 
-    def _pull(self, file: int, size_bytes: int, below: str) -> Iterator[memoryview]:
-        """Read a file straight into the block; yield each piece that has come."""
+    def _pull(self, file: int, size_bytes: int, below: str) -> None:
+        """Read a file straight into the block, and hash it if that is wanted."""
+        digest = hashlib.sha256() if below in self.hashed else None
         left = size_bytes
         while left:
             end = min(BLOCK_BYTES, self._used + left)
@@ -145,20 +143,23 @@ class _Writer:
             count = os.readv(file, [piece])
             if not count:
                 raise self._refused(below, f"was cut short by {left} bytes while it was packed")
-            yield piece[:count]
+            if digest:
+                digest.update(piece[:count])
             left -= count
-            self._advance(count)
+            self._advance(count if left else count + -size_bytes % tarfile.BLOCKSIZE)
+        if digest:
+            self.digests[below] = digest.hexdigest()
 
     def _advance(self, count: int) -> None:
         self._used += count
-        self._total_bytes += count
         if self._used == BLOCK_BYTES:
             self.emit(self._block)
+            self._emitted_bytes += BLOCK_BYTES
             self._block, self._used = bytearray(BLOCK_BYTES), 0
 
     def finish(self) -> None:
         """Write the end of the archive and hand out what is left."""
-        ended = self._total_bytes + 2 * tarfile.BLOCKSIZE
+        ended = self._emitted_bytes + self._used + 2 * tarfile.BLOCKSIZE
         self._put(bytes(2 * tarfile.BLOCKSIZE + -ended % tarfile.RECORDSIZE))
         if self._used:
             self.emit(self._block[: self._used])
@@ -182,10 +183,19 @@ def _plain_header(name: str, kind: bytes, mode: int, size_bytes: int, link: str)
         name += "/"
     if not name.isascii() or len(name) > tarfile.LENGTH_NAME or link or size_bytes >> 33:
         return b""
-    fields = b"%07o\0%b%011o\0%011o\0" % (mode, b"0000000\0" * 2, size_bytes, 0)
-    start = name.encode().ljust(tarfile.LENGTH_NAME, b"\0") + fields
+    start, sum_of_rest, rest = _frame(kind, mode)
+    path, size = name.encode(), b"%011o" % size_bytes
+    checksum = sum(path) + sum(size) + sum_of_rest
+    return b"%b%b%b%b%06o%b" % (path.ljust(100, b"\0"), start, size, _NO_TIME, checksum, rest)
+
+
+@functools.cache
+def _frame(kind: bytes, mode: int) -> tuple[bytes, int, bytes]:
+    """Return what headers of a kind and mode share, and the sum of its bytes."""
+    start = b"%07o\0%b" % (mode, b"0000000\0" * 2)
     rest = kind + bytes(100) + b"ustar\x0000" + bytes(247)
-    return start + b"%06o\0 " % (sum(start) + sum(rest) + 8 * 32) + rest
+    # The field of the checksum counts as eight spaces.
+    return start, sum(start + _NO_TIME + b" " * 8 + rest), b"\0 " + rest
 
 
 def _sorted_entries(folder: str) -> list[os.DirEntry[str]]:

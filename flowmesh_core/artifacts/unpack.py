@@ -271,7 +271,7 @@ def _unpack_zip(path: Path, sink: _Sink) -> None:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
-            if info.is_dir():
+            if info.filename.endswith("/"):
                 sink.folder(info.filename)
             elif kind not in (0, stat.S_IFREG):
                 sink.refuse(info.filename, "must be a file or a folder")

@@ -8,10 +8,9 @@ the work of the task. What was sent is asked for again, and must be the same byt
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import hashlib
 import logging
-import random
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from flowmesh_core.errors import ArtifactError, UploadError
 from flowmesh_core.stores.base import Store
 from flowmesh_core.stores.multipart import FileForm
 from flowmesh_core.stores.pace import Pace
+from flowmesh_core.stores.retry import PassingError, persist
 from flowmesh_core.wire import encode_json
 
 if TYPE_CHECKING:  # loaded when the first task is to be delivered
@@ -37,8 +37,6 @@ __all__ = ["HttpStore"]
 _log = logging.getLogger(__name__)
 _RESULT_TIMEOUT_S = 15.0
 _FILE_TIMEOUT_S = 30.0
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 10.0
 # A server may store and hash what it got before it answers; slower than this counts as stalled.
 _SLOW_SERVER_BYTES_PER_S = 10e6
 # How often a file is sent whole when what arrived is not what was sent.
@@ -80,13 +78,14 @@ class HttpStore(Store):
         given = {k: v for k, v in destination.headers.items() if k.lower() != "content-type"}
 
         async def post(client: httpx.AsyncClient) -> int:
-            form = FileForm(parcel, self._pace)
+            limits = _limits(timeout_s)
+            form = FileForm(parcel, self._pace, on_sent=functools.partial(_wait_longer, limits))
             response = await client.request(
                 "POST",
                 url,
                 content=form,
                 headers=self._policy.headers_for(url, given | form.headers()),
-                timeout=_patience(timeout_s, parcel.most_bytes),
+                extensions={"timeout": limits},
             )
             return response.status_code
 
@@ -113,9 +112,13 @@ class HttpStore(Store):
             nonlocal seen_bytes, digest, status
             seen_bytes, digest = 0, hashlib.sha256()
             headers = self._policy.headers_for(address, destination.headers)
-            timeout = _patience(destination.timeout_s or _FILE_TIMEOUT_S, parcel.most_bytes)
+            limits = _limits(destination.timeout_s or _FILE_TIMEOUT_S)
+            _wait_longer(limits, parcel.size_bytes or 0)
             async with client.stream(
-                "GET", address, headers=headers | {"Accept-Encoding": "identity"}, timeout=timeout
+                "GET",
+                address,
+                headers=headers | {"Accept-Encoding": "identity"},
+                extensions={"timeout": limits},
             ) as response:
                 status = response.status_code
                 async for chunk in response.aiter_raw():
@@ -165,18 +168,11 @@ class HttpStore(Store):
 
     async def _persist(self, request: _Request, what: str, url: str) -> None:
         what = f"{what} {self._policy.mask_url(url)}"
-        tries = self.settings.delivery_retries + 1
-        for tried in range(1, tries + 1):
-            problem = await self._try(request, what)
-            if not problem:
-                return
-            _log.warning("%s failed, try %d of %d: %s", what, tried, tries, problem)
-            if tried < tries:
-                await asyncio.sleep(_pause_s(tried))
-        raise UploadError(f"{what} failed {tries} times, last: {problem}")
+        tried = functools.partial(self._try, request, what)
+        await persist(tried, what, retries=self.settings.delivery_retries)
 
-    async def _try(self, request: _Request, what: str) -> str:
-        """Send once; return what went wrong and may pass, or the empty text."""
+    async def _try(self, request: _Request, what: str) -> None:
+        """Send once."""
         import httpx  # noqa: PLC0415 - see the import block
 
         if self._client is None:
@@ -194,10 +190,11 @@ class HttpStore(Store):
                 retriable=False,
             ) from None
         except (httpx.RequestError, OSError) as exc:
-            return f"{type(exc).__name__}: {exc}"
-        if 400 <= status < 500 and status != 429:
+            raise PassingError(f"{type(exc).__name__}: {exc}") from exc
+        if status == 429 or status >= 500:
+            raise PassingError(f"HTTP {status}")
+        if status >= 400:
             raise UploadError(f"{what} was refused: HTTP {status}", retriable=False)
-        return f"HTTP {status}" if status >= 400 else ""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -213,12 +210,11 @@ def _below(url: str, *names: str) -> str:
     return parts._replace(path=path).geturl()
 
 
-def _patience(timeout_s: float, size_bytes: int) -> httpx.Timeout:
-    import httpx  # noqa: PLC0415 - see the import block
+def _limits(timeout_s: float) -> dict[str, float]:
+    """Return the timeouts of a request, in a form that may change while it is sent."""
+    return dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
 
-    return httpx.Timeout(timeout_s, read=timeout_s + size_bytes / _SLOW_SERVER_BYTES_PER_S)
 
-
-def _pause_s(tried: int) -> float:
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(tried, 20))
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+def _wait_longer(limits: dict[str, float], size_bytes: int) -> None:
+    """Give a server the time to store a file, whose size is known when all of it is sent."""
+    limits["read"] = limits["connect"] + size_bytes / _SLOW_SERVER_BYTES_PER_S

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from flowmesh_core.artifacts.parcel import Parcel
 from flowmesh_core.stores.pace import Pace
@@ -23,11 +23,13 @@ class FileForm:
     Args:
         parcel: The file; while it grows, the length of the form is unknown.
         pace: How fast it may go out.
+        on_sent: Told the size of the file in bytes when all of it is sent.
     """
 
-    def __init__(self, parcel: Parcel, pace: Pace) -> None:
+    def __init__(self, parcel: Parcel, pace: Pace, on_sent: Callable[[int], None]) -> None:
         self._parcel = parcel
         self._pace = pace
+        self._on_sent = on_sent
         self._boundary = secrets.token_hex(16)
         name = parcel.path.name.translate(_ESCAPES)
         self._head = (
@@ -53,4 +55,5 @@ class FileForm:
             yield block
             sent_bytes += len(block)
             self._parcel.on_sent(sent_bytes)
+        self._on_sent(sent_bytes)
         yield self._tail

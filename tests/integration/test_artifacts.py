@@ -26,6 +26,7 @@ from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import UploadError
 from flowmesh_core.executor import Artifact, Outcome
 from flowmesh_core.stores import http as http_store
+from flowmesh_core.stores import retry
 from flowmesh_core.stores.http import HttpStore
 from flowmesh_core.testing import StandInOrchestrator, WorkerProcess
 from flowmesh_core.testing.orchestrator.body import Body, Multipart
@@ -135,7 +136,7 @@ def depot(tmp_path: Path) -> Iterator[Depot]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_store, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(http_store, "_SLOW_SERVER_BYTES_PER_S", 1e9)
 
 

@@ -208,6 +208,21 @@ def test_a_file_above_eight_gigabytes_keeps_its_size(tmp_path: Path) -> None:
     assert f" size={9 << 30}\n".encode() in seen[0]
 
 
+@pytest.mark.parametrize("size_bytes", [0, 1, 511, 512, BLOCK_BYTES - 1024, 3 * BLOCK_BYTES + 7])
+def test_a_tar_ends_with_a_whole_record_and_holds_zeros_between_files(
+    tmp_path: Path, size_bytes: int
+) -> None:
+    plant(tmp_path / "m", {"a": b"\xff" * size_bytes, "b": b"\xff"})
+    blocks: list[bytes] = []
+    write_tar(tmp_path / "m", lambda block: blocks.append(bytes(block)), top="m")
+    written = b"".join(blocks)
+    # Source: POSIX.1-2001 pax; two blocks of zeros, and records of 20 blocks.
+    assert len(written) % tarfile.RECORDSIZE == 0
+    assert len(written) - len(written.rstrip(b"\0")) < tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
+    assert written.count(b"\xff") == size_bytes + 1
+    assert written.endswith(bytes(2 * tarfile.BLOCKSIZE))
+
+
 # Links and what is no file.
 
 
@@ -308,6 +323,27 @@ def test_noise_is_not_given_to_the_compressor_beyond_a_few_samples(
     assert max(given_bytes) == BLOCK_BYTES
 
 
+def test_text_is_squeezed_harder_than_weights_unless_a_level_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels: list[int] = []
+    real = compression._squeeze
+
+    def watched(block: Any, level: int) -> bytes:
+        if len(block) == BLOCK_BYTES:
+            levels.append(level)
+        return real(block, level)
+
+    monkeypatch.setattr(compression, "_squeeze", watched)
+    pick = random.Random(4)
+    text = bytearray(" ".join(str(pick.randrange(99)) for _ in range(BLOCK_BYTES)).encode())
+    half_noise = bytearray(b"".join(pick.randbytes(7) + b"0" for _ in range(BLOCK_BYTES // 8)))
+    for block in (text[:BLOCK_BYTES], half_noise):
+        for level in (None, 1, 2):
+            compression._deflate(block, level)
+    assert levels == [3, 1, 2, 1, 1, 2]
+
+
 def test_weights_are_no_larger_than_zlib_makes_them(tmp_path: Path) -> None:
     draw = random.Random(5).gauss
     floats = array.array("f", (draw(0, 0.02) for _ in range(300_000))).tobytes()
@@ -386,7 +422,7 @@ def test_the_operators_variables_decide(tmp_path: Path) -> None:
     def options(**variables: str) -> PackOptions:
         return PackOptions.from_settings(load_settings(variables, results_dir=tmp_path))
 
-    assert options() == PackOptions(level=1, pigz=None)
+    assert options() == PackOptions(level=None, pigz=None)
     assert options(MODEL_ARCHIVE_COMPRESSION_LEVEL="0").level == 0
     asked = options(
         MODEL_ARCHIVE_USE_PIGZ="1",

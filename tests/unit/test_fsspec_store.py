@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from flowmesh_core.artifacts.parcel import Parcel, Receipt
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Destination
 from flowmesh_core.errors import ArchiveError, UploadError
+from flowmesh_core.stores import retry
 from flowmesh_core.stores.fsspec import FsspecStore
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ CONTENT = bytes(range(256)) * 10_000
 
 def run(work: Callable[[FsspecStore], Awaitable[T]], **settings: Any) -> T:
     async def main() -> T:
-        store = FsspecStore(Settings(worker_id="w1", **settings))
+        store = FsspecStore(Settings(worker_id="w1", delivery_retries=2, **settings))
         try:
             return await work(store)
         finally:
@@ -39,6 +41,11 @@ def send(path: Path, url: str = "memory://bucket/results", **settings: Any) -> R
         return await store.send(Parcel("t1", path, path), there)
 
     return run(work, **settings)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -140,15 +147,90 @@ def test_what_arrived_changed_is_a_failure(
     assert caught.value.retriable
 
 
-def test_a_file_system_that_fails_is_an_error_that_may_pass(
+class Trouble:
+    """Stands in for a method of the file system: fails a number of times, then does its work."""
+
+    def __init__(self, real: Callable[..., Any], error: Exception, times: int) -> None:
+        self.real, self.error, self.times = real, error, times
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return self.real(*args, **kwargs)
+
+
+class LibraryError(Exception):
+    """What a file system's own library raises, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), LibraryError("reset"), EOFError("reset")])
+@pytest.mark.parametrize("method", ["makedirs", "mv", "open"])
+def test_a_failure_that_passes_costs_tries_and_not_the_task(
+    memory: Any, file: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    trouble = Trouble(getattr(memory, method), error, times=2)
+    monkeypatch.setattr(type(memory), method, trouble)
+    assert send(file).verified
+    assert trouble.calls >= 3
+    assert names(memory) == ["/bucket/results/t1/files/final_model.tar.gz"]
+    assert memory.cat(names(memory)[0]) == CONTENT
+
+
+def test_a_result_is_tried_again_too(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(memory), "mv", Trouble(memory.mv, TimeoutError("slow"), times=1))
+    there = Destination(type="fsspec", url="memory://bucket")
+    run(lambda store: store.deliver("t1", {"ok": True}, there))
+    assert json.loads(memory.cat("/bucket/t1/responses.json"))["result"] == {"ok": True}
+
+
+def test_a_failure_that_stays_ends_after_the_tries_and_may_be_retried_later(
     memory: Any, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_args: Any, **_kwargs: Any) -> None:
-        raise PermissionError("no such bucket")
-
-    monkeypatch.setattr(type(memory), "mv", refuse)
-    with pytest.raises(UploadError, match=r"task t1: upload of final.* failed: no such bucket"):
+    trouble = Trouble(memory.mv, OSError("disk full"), times=99)
+    monkeypatch.setattr(type(memory), "mv", trouble)
+    says = r"task t1: upload of final\S+ to memory://\S+ failed 3 times, last: OSError: disk full"
+    with pytest.raises(UploadError, match=says) as caught:
         send(file)
+    assert caught.value.retriable
+    assert trouble.calls == 3
+    assert names(memory) == []
+
+
+def test_a_connection_that_broke_is_not_used_again(
+    memory: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+    real = type(memory).mv
+
+    def note(self: Any, *args: Any) -> None:
+        used.append(self)
+        if len(used) == 1:
+            raise OSError("broken pipe")
+        real(self, *args)
+
+    async def work(store: FsspecStore) -> Receipt:
+        # One thread: fsspec keeps connections for each apart.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        there = Destination(type="fsspec", url="memory://bucket")
+        return await store.send(Parcel("t1", file, file), there)
+
+    monkeypatch.setattr(type(memory), "mv", note)
+    assert run(work).verified
+    first, second = used
+    assert first is not second
+
+
+def test_a_denied_access_fails_at_once_and_for_good(
+    memory: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trouble = Trouble(memory.mv, PermissionError("not your bucket"), times=99)
+    monkeypatch.setattr(type(memory), "mv", trouble)
+    with pytest.raises(UploadError, match="was refused: not your bucket") as caught:
+        send(file)
+    assert not caught.value.retriable
+    assert trouble.calls == 1
     assert names(memory) == []
 
 
@@ -164,6 +246,8 @@ def test_a_file_system_that_fails_is_an_error_that_may_pass(
         "http://127.0.0.1/x",
         "reference://x",
         "memory://bucket/../../etc",
+        # fsspec takes these for paths of this machine.
+        *("s3:/tmp/x", "s3:x", "memory:/x", "s3:\t//x/y", "memory:\n//x/y"),
         "ftp://user:passw0rd@host/x",
     ],
 )

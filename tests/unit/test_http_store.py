@@ -26,6 +26,7 @@ from flowmesh_core.contract import Destination, parse_task
 from flowmesh_core.errors import ArchiveError, UploadError
 from flowmesh_core.executor import Outcome
 from flowmesh_core.stores import http as http_store
+from flowmesh_core.stores import retry
 from flowmesh_core.stores.http import HttpStore
 from flowmesh_core.testing.orchestrator.body import Body
 
@@ -130,7 +131,7 @@ class Receiver:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_store, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.001)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -330,7 +331,7 @@ def test_nobody_listening_is_tried_again_and_named(caplog: pytest.LogCaptureFixt
     with pytest.raises(UploadError, match=rf"{url} failed 3 times, last: ConnectError") as caught:
         deliver(url)
     assert caught.value.retriable
-    tries = [r.args for r in caplog.records if r.name == http_store.__name__]
+    tries = [r.args for r in caplog.records if r.name == retry.__name__]
     assert [args[1:3] for args in tries if isinstance(args, tuple)] == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -343,8 +344,8 @@ def test_a_server_that_does_not_answer_in_time_is_tried_again(receiver: Receiver
 
 
 def test_pauses_grow_and_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_store, "_FIRST_PAUSE_S", 0.2)
-    pauses = [http_store._pause_s(tried) for tried in (1, 3, 5, 60, 5000)]
+    monkeypatch.setattr(retry, "_FIRST_PAUSE_S", 0.2)
+    pauses = [retry._pause_s(tried) for tried in (1, 3, 5, 60, 5000)]
     for pause_s, longest_s in zip(pauses, (0.4, 1.6, 6.4, 10.0, 10.0), strict=True):
         assert longest_s / 2 <= pause_s <= longest_s
 
@@ -526,7 +527,7 @@ def send_growing(
     there = Destination(type="http", url=receiver.url)
 
     async def work(store: HttpStore) -> Receipt:
-        parcel = Parcel("t1", path, path, growing=True, most_bytes=1000)
+        parcel = Parcel("t1", path, path, growing=True)
         sending = asyncio.ensure_future(store.send(parcel, there))
         await grow(parcel)
         return await sending
@@ -592,11 +593,25 @@ def test_an_upload_takes_as_long_as_the_operator_says_the_link_does(
     assert receiver.files
 
 
-def test_a_server_gets_time_to_store_what_it_was_sent() -> None:
-    patience = http_store._patience(30, 10 << 30)
-    assert (patience.connect, patience.write) == (30, 30)
-    assert patience.read is not None
-    assert patience.read > 600
+def test_a_server_gets_time_to_store_what_it_was_sent(
+    receiver: Receiver, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_store, "_SLOW_SERVER_BYTES_PER_S", file.stat().st_size / 10)
+    receiver.delay_s = 0.5
+    there = Destination.model_validate({"type": "http", "url": receiver.url, "timeoutSec": 0.2})
+
+    async def work(store: HttpStore) -> Receipt:
+        parcel = Parcel("t1", file, file, growing=True)
+        sending = asyncio.ensure_future(store.send(parcel, there))
+        parcel.grow(1000)
+        assert await asyncio.to_thread(receiver.begun.wait, 10)  # its size is not known yet
+        parcel.seal(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+        return await sending
+
+    assert run(work).verified
+    assert [request.method for request in receiver.requests] == ["POST", "GET"]
+    with pytest.raises(UploadError, match="ReadTimeout"):
+        deliver(receiver.url, timeoutSec=0.2)
 
 
 UPLOAD_LARGE = """

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flowmesh_core.artifacts.manifest import build_manifest
+from flowmesh_core.artifacts.manifest import Seen, build_manifest
 from flowmesh_core.errors import ManifestError
 
 NAMES = st.sampled_from(
@@ -109,8 +109,14 @@ def test_a_nested_expected_file_is_hashed(folder: Path) -> None:
 
 
 def test_a_digest_that_the_caller_knows_is_taken_over(folder: Path) -> None:
-    manifest = build_manifest("t1", folder, digests={"responses.json": "known"})
+    manifest = build_manifest("t1", folder, seen=Seen(digests={"responses.json": "known"}))
     assert [e["sha256"] for e in manifest["entries"] if e["type"] == "result"] == ["known"]
+
+
+def test_a_folder_that_the_caller_has_measured_is_not_walked_again(folder: Path) -> None:
+    manifest = build_manifest("t1", folder, seen=Seen(sizes={"artifacts": (7, 2)}))
+    entry = next(e for e in manifest["entries"] if e["name"] == "artifacts")
+    assert (entry["size"], entry["file_count"]) == (7, 2)
 
 
 @pytest.mark.parametrize("name", ["secret.txt", "keys", "artifacts/passwd", "artifacts/up/secret"])

@@ -403,6 +403,25 @@ def test_what_was_hashed_on_the_way_is_not_hashed_again(
     assert digests["other.bin"] == "hashed other.bin again"
 
 
+def test_a_packed_folder_is_listed_as_it_was_measured_on_the_way(
+    tmp_path: Path, vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[str] = []
+    real = manifest_module._measure
+
+    def watched(folder: str) -> tuple[int, int]:
+        walked.append(Path(folder).name)
+        return real(folder)
+
+    monkeypatch.setattr(manifest_module, "_measure", watched)
+    desk = Desk(tmp_path, vault, output=ELSEWHERE)
+    trained(desk)
+    desk.finish({}, MODEL)
+    (entry,) = [e for e in desk.read("manifest.json")["entries"] if e["name"] == "final_model"]
+    assert (entry["size"], entry["file_count"]) == real(str(tmp_path / "t1" / "final_model"))
+    assert "final_model" not in walked
+
+
 def test_a_failed_upload_keeps_folder_and_archive_in_the_attempt(
     tmp_path: Path, vault: Vault
 ) -> None:
@@ -583,3 +602,30 @@ def test_nothing_is_cleared_away_unless_the_operator_asks(tmp_path: Path, vault:
     assert {"final_model", "final_model.tar.gz", "checkpoints"} <= {
         path.name for path in (tmp_path / "t1").iterdir()
     }
+
+
+@pytest.mark.parametrize("failing", ["encode", "write", "rename"])
+def test_what_was_cleared_away_is_back_when_the_task_could_not_be_committed(
+    tmp_path: Path, vault: Vault, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    desk = Desk(tmp_path, vault, output=ELSEWHERE, options={"cleanup_after_upload": True})
+    trained(desk, "checkpoints/final_model")
+    (desk.attempt.folder / ".cache").mkdir()
+    if failing == "write":
+        (desk.attempt.folder / "manifest.json").mkdir()
+    if failing == "rename":
+        desk.attempt.final.write_text("somebody's file")
+    before = {p for p in desk.attempt.folder.rglob("*") if p.name != "responses.json"}
+    result = {"image": object()} if failing == "encode" else {}
+    with pytest.raises(ArtifactError, match=r"task t1: (cannot write|the result is not JSON)"):
+        desk.finish(result, Artifact("checkpoints/final_model", archive=True))
+    added = {p.name for p in set(desk.attempt.folder.rglob("*")) - before}
+    assert added <= {"final_model.tar.gz", "responses.json", "manifest.json"}
+    assert before <= set(desk.attempt.folder.rglob("*"))
+    assert vault.files
+
+
+def test_a_cleared_task_leaves_nothing_hidden(tmp_path: Path, vault: Vault) -> None:
+    desk, _written = clear(tmp_path, vault)
+    assert not [p for p in desk.attempt.final.rglob("*") if p.name.startswith(".")]
+    assert [p.name for p in tmp_path.iterdir()] == ["t1"]
