@@ -160,6 +160,10 @@ class Reservations:
                 held = await self._wait(asyncio.ensure_future(waiting), stop, guest)
             if isinstance(held, Grant):
                 held = await self._host(held, request, guest)
+        except BaseException:
+            if guest is not None and guest.invited.done():
+                guest.invited.result().leave()
+            raise
         finally:
             if guest is not None:
                 self._lobby.leave(guest)
@@ -175,13 +179,15 @@ class Reservations:
         either: list[asyncio.Future[Any]] = [waiting, stop.asked]
         if guest is not None:
             either.append(guest.invited)
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await _call_off(waiting)
+            raise
         invited = guest is not None and guest.invited.done()
         if not invited and not stop.asked.done():
             return waiting.result()
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            (await waiting).release()
+        await _call_off(waiting)
         if guest is None or not invited:
             raise stop.error()
         reservation: Reservation = guest.invited.result()
@@ -200,6 +206,10 @@ class Reservations:
         except asyncio.CancelledError:
             grant.release()
             raise
+        if guest.invited.done():  # another one of the group had its grant a moment earlier
+            grant.release()
+            reservation: Reservation = guest.invited.result()
+            return reservation
         batch = Batch()
         for joining in self._lobby.take_along(guest):
             shared.holders += 1
@@ -209,6 +219,13 @@ class Reservations:
             )
         seats = batch.seats(guest.size)
         return Reservation(request=request, devices=devices, seats=seats, grant=shared)
+
+
+async def _call_off(waiting: asyncio.Task[Grant]) -> None:
+    """Want a grant no more; one that has come already is given back."""
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        (await waiting).release()
 
 
 def _priority(task: Task) -> int:
