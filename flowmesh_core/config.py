@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from flowmesh_core.errors import ConfigError
+from flowmesh_core.quantities import parse_duration_s, parse_size_bytes
 
 if TYPE_CHECKING:  # pydantic would cost `flowmesh plugins list` its start time
     from pydantic import BaseModel
@@ -87,6 +88,20 @@ def _number(*, above: float = -math.inf, least: float = -math.inf) -> Callable[[
         raise _UnreadableError(f"a number{bound}")
 
     return parse
+
+
+def _duration_s(raw: str) -> float:
+    try:
+        return parse_duration_s(raw)
+    except ValueError as exc:
+        raise _UnreadableError(str(exc)) from None
+
+
+def _size_bytes(raw: str) -> int:
+    try:
+        return parse_size_bytes(raw)
+    except ValueError as exc:
+        raise _UnreadableError(str(exc)) from None
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -232,6 +247,8 @@ class Settings:
     log_level: str = _var("LOG_LEVEL", _log_level, "INFO")
     log_max_bytes: int = _var("FLOWMESH_LOG_MAX_BYTES", _whole(1024), 5_242_880)
     log_backups: int = _var("FLOWMESH_LOG_BACKUPS", _whole(0), 5)
+    gc_older_than_s: float | None = _var("FLOWMESH_GC_OLDER_THAN", _duration_s)
+    gc_max_bytes: int | None = _var("FLOWMESH_GC_MAX_SIZE", _size_bytes)
     # Work.
     max_concurrent_tasks: int = _var("MAX_CONCURRENT_TASKS", _whole(1), 1)
     task_timeout_s: float | None = _var("TASK_TIMEOUT", _number(above=0))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowmesh_core.config import Settings
@@ -136,10 +136,10 @@ class Presence:
             )
         )
 
-    def say(self, event: TaskEvent) -> None:
-        """Send an event about a task."""
+    def say(self, event: TaskEvent, on_sent: Callable[[], None] | None = None) -> None:
+        """Send an event about a task; ``on_sent`` is called, on any thread, once it has left."""
         event.worker_id = self._settings.worker_id
-        self._transport.send(event)
+        self._transport.send(event, on_sent)
 
     def _say_of_worker(self, event: WorkerEvent) -> None:
         event.worker_id = self._settings.worker_id

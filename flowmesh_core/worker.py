@@ -7,9 +7,12 @@ end the process: what cannot be read is refused by event or dropped and counted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -41,6 +44,8 @@ from flowmesh_core.errors import (
 )
 from flowmesh_core.events import TASK_STARTED, TASK_SUCCEEDED, TaskEvent, task_payload
 from flowmesh_core.executor import Outcome
+from flowmesh_core.housekeeping.cleaning import build_cleaner
+from flowmesh_core.housekeeping.journal import Hold, Journal
 from flowmesh_core.ledger import Finished, TaskLedger, Verdict
 from flowmesh_core.merge import failure_document, group_block, share_out
 from flowmesh_core.places.base import PlaceContext
@@ -62,9 +67,14 @@ _FLUSH_S = 10.0
 
 @attrs.define(eq=False)
 class _Report:
-    """What the events of one dispatch say."""
+    """What the events of one dispatch say.
+
+    Attributes:
+        hold: Keeps the folders of its tasks from being removed.
+    """
 
     envelope: Envelope
+    hold: Hold
     started_at: str = attrs.field(factory=utc_now)
     started: float = attrs.field(factory=time.monotonic)
     begun: bool = False
@@ -123,6 +133,9 @@ class Worker:
             settings
         )
         self.folders = TaskFolders(settings.results_dir, settings.allowed_dirs)
+        own_folder = self.folders.worker_log(settings.worker_id).parent
+        self._journal = Journal(self.folders.root, own_folder)
+        self._cleaner = build_cleaner(settings)
         self.dropped = 0
         gpus = GpuReader(visible_devices=settings.visible_devices)
         self._gpus = gpus.list_gpus()
@@ -151,8 +164,12 @@ class Worker:
         """Register, work until ``stop`` is called, drain, unregister.
 
         Raises:
+            ArtifactError: The results folder cannot be written.
             TransportError: The transport can never work with these settings.
         """
+        self._journal.open()
+        if self._cleaner:
+            self._cleaner.start()
         self._runner = self._build_runner()
         try:
             # Subscribed first, announced second: nothing dispatched to us can be missed.
@@ -237,7 +254,8 @@ class Worker:
         verdict, finished = self._ledger.accept(envelope)
         if verdict is Verdict.RUN:
             self._runner.admit(member.task_id for member in envelope.tasks)
-            task = asyncio.ensure_future(self._handle(envelope))
+            hold = self._journal.hold(self._find_folders(envelope))
+            task = asyncio.ensure_future(self._handle(_Report(envelope, hold)))
             self._handling.add(task)
             task.add_done_callback(self._handling.discard)
         else:
@@ -273,7 +291,11 @@ class Worker:
         task_id = envelope.task.task_id
         _log.info("task %s came again; it is not run twice", task_id)
         if finished is not None:
-            self._presence.say(finished.event.model_copy(update={"ts": utc_now()}))
+            hold = Hold(self._find_folders(envelope))
+            self._presence.say(
+                finished.event.model_copy(update={"ts": utc_now()}),
+                self._settling(envelope, hold, ok=finished.ok),
+            )
             self._presence.say_status(full=self._runner.full, last_task=task_id)
             return
         payload = task_payload(
@@ -283,9 +305,9 @@ class Worker:
 
     # Run, share out, write, deliver, report.
 
-    async def _handle(self, envelope: Envelope) -> None:
+    async def _handle(self, report: _Report) -> None:
         """Take one dispatch from its envelope to its last event."""
-        report = _Report(envelope)
+        envelope = report.envelope
         result: Mapping[str, Any] | None = None
         try:
             run = await self._run_reserved(report)
@@ -341,6 +363,9 @@ class Worker:
             return run
         tasks = {task.task_id: task for task in envelope.tasks}
         members = [(task, attempt) for task in envelope.tasks if (attempt := self._open(task, run))]
+        if any(attempt.number > 1 for _, attempt in members):
+            # A clean-up must see that what an earlier run left, long ago perhaps, is needed again.
+            await asyncio.to_thread(self._journal.flush)
         async for task_id, outcome, copied in self._runner.run_members(members, reservation):
             run.outcomes[task_id] = outcome
             if not copied:
@@ -456,7 +481,7 @@ class Worker:
         else:
             _log.warning("task %s failed (%s): %s", task_id, error.code, error)
             event = TaskEvent.failed(task_id, error, payload=payload)
-        self._presence.say(event)
+        self._presence.say(event, self._settling(envelope, report.hold, ok=error is None))
         finished = Finished(
             event=event,
             dispatched_at=envelope.dispatched_at,
@@ -465,6 +490,35 @@ class Worker:
             undelivered=undelivered,
         )
         self._ledger.finish(task_id, finished)
+
+    def _find_folders(self, envelope: Envelope) -> dict[str, Path]:
+        """Return the folder of each member; one that may not have any is left out."""
+        leader = envelope.task
+        rejected = [attrs.evolve(leader, task_id=task_id) for task_id in envelope.rejected]
+        found: dict[str, Path] = {}
+        for task in (*envelope.tasks, *rejected):
+            with contextlib.suppress(ContractError):  # it fails for that, in its own time
+                found[task.task_id] = self.folders.task_folder(task.task_id, task.destination)
+        return found
+
+    def _settling(self, envelope: Envelope, hold: Hold, *, ok: bool) -> Callable[[], None]:
+        """Return what is to be done once the last event of a dispatch has left.
+
+        A success answers for all members, a failure for the leader alone: the others are sent
+        again. While a service is up, its folder stays held.
+        """
+        task_id = envelope.task.task_id
+        settle = partial(self._journal.settle, hold, hold.folders if ok else (task_id,))
+        service = self._runner.services.get(task_id)
+        if service is None:
+            return settle
+        loop = asyncio.get_running_loop()
+
+        def settle_later() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(service.add_done_callback, lambda _: settle())
+
+        return settle_later
 
     def _store_for(self, kind: str) -> Store:
         """Return the store of a destination type.
@@ -503,3 +557,6 @@ class Worker:
         await self._runner.close()
         for store in self._stores.values():
             await store.close()
+        if self._cleaner:
+            self._cleaner.stop()
+        await asyncio.to_thread(self._journal.close)

@@ -19,6 +19,7 @@ _COMMANDS = {
     "worker": "Take tasks from the queue until stopped.",
     "plugins": "Show which plugins and executors are installed.",
     "env": "Build and list further virtual environments for plugins.",
+    "gc": "Remove old task folders.",
 }
 
 

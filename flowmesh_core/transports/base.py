@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import attrs
 
@@ -58,8 +58,17 @@ class Transport(abc.ABC):
         """End ``deliveries``; safe from any thread, and may come twice."""
 
     @abc.abstractmethod
-    def send(self, event: TaskEvent | WorkerEvent) -> None:
-        """Take an event over; never blocks, never raises for an outage, safe from any thread."""
+    def send(
+        self, event: TaskEvent | WorkerEvent, on_sent: Callable[[], None] | None = None
+    ) -> None:
+        """Take an event over; never blocks, never raises for an outage, safe from any thread.
+
+        Args:
+            event: What to send.
+            on_sent: Called once, on any thread, when the event has left for certain and, where
+                that can be told, somebody has it. Never called for one that is lost with the
+                process or given up, nor for ``TASK_PROGRESS``. It must be quick and not raise.
+        """
 
     @abc.abstractmethod
     def send_log(self, chunk: LogChunk) -> None:

@@ -62,9 +62,13 @@ class LocalTransport(Transport):
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
-    def send(self, event: TaskEvent | WorkerEvent) -> None:
+    def send(
+        self, event: TaskEvent | WorkerEvent, on_sent: Callable[[], None] | None = None
+    ) -> None:
         """Call the listeners, in order, on the loop."""
         self._call_soon(self._dispatch, event)
+        if on_sent is not None:
+            self._call_soon(self._confirm, on_sent)
 
     def send_log(self, chunk: LogChunk) -> None:
         """Call the listeners; a loop that is busy for long misses what does not fit."""
@@ -76,7 +80,7 @@ class LocalTransport(Transport):
             self._waiting_bytes += size
         self._call_soon(self._dispatch_log, chunk)
 
-    def _call_soon(self, call: Callable[[Any], None], what: Said) -> None:
+    def _call_soon(self, call: Callable[[Any], None], what: Said | Callable[[], None]) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(call, what)
@@ -89,6 +93,10 @@ class LocalTransport(Transport):
     def _dispatch(self, what: Said) -> None:
         for listener in self._listeners:
             listener(what)
+
+    def _confirm(self, on_sent: Callable[[], None]) -> None:
+        if self._listeners:
+            on_sent()
 
     async def flush(self, timeout_s: float) -> bool:
         """Let the loop run what was sent."""

@@ -57,8 +57,10 @@ _UNHEARD_KEPT = 10_000
 _LONGEST_PAUSE_S = 5.0
 
 Event = TaskEvent | WorkerEvent
-# What the publisher is given: an event, or a flag to set when all before it has been written.
-_Item = TaskEvent | WorkerEvent | threading.Event
+# An event, and what to call when it has left.
+_Sending = tuple[Event, Callable[[], None] | None]
+# What the publisher is given: that, or a flag to set when all before it has been written.
+_Item = _Sending | threading.Event
 
 
 def _connect(settings: Settings) -> redis.Redis:
@@ -114,7 +116,7 @@ class _Publisher:
         self._closed = closed
         self._queue: queue.SimpleQueue[Sequence[_Item]] = queue.SimpleQueue()
         self._registration = Registration(settings)
-        self._unheard: collections.deque[TaskEvent] = collections.deque(maxlen=_UNHEARD_KEPT)
+        self._unheard: collections.deque[_Sending] = collections.deque(maxlen=_UNHEARD_KEPT)
         self._refused = False
         self._thread = threading.Thread(target=self._run, name="flowmesh-publisher", daemon=True)
 
@@ -164,28 +166,31 @@ class _Publisher:
         return batch
 
     def _write(self, client: redis.Redis, batch: Sequence[_Item]) -> None:
-        events = [item for item in batch if not isinstance(item, threading.Event)]
-        ended = {event.task_id for event in events if _is_outcome(event)}
-        flushing = len(events) < len(batch)
+        sendings = [item for item in batch if not isinstance(item, threading.Event)]
+        ended = {event.task_id for event, _ in sendings if _is_outcome(event)}
+        flushing = len(sendings) < len(batch)
         if ended or flushing:
             self._publish_lossy(client, MAX_WAITING_BYTES, None if flushing else ended)
-        if events := [event for event in events if _is_writable(event)]:
-            self._send(client, events)
+        if sendings := [sending for sending in sendings if _is_writable(sending[0])]:
+            self._send(client, sendings)
         for item in batch:
             if isinstance(item, threading.Event):
                 item.set()
 
-    def _send(self, client: redis.Redis, events: Sequence[Event]) -> None:
-        outcomes: list[tuple[int, TaskEvent]] = []
+    def _send(self, client: redis.Redis, sendings: Sequence[_Sending]) -> None:
+        positions: list[int] = []
         with client.pipeline() as pipe:
-            for event in events:
-                if _is_outcome(event):
-                    outcomes.append((len(pipe), event))
+            for event, _ in sendings:
+                positions.append(len(pipe))
                 self._registration.apply(pipe, event)
             self._registration.finish(pipe)
             answers = pipe.execute()
-        # PUBLISH answers how many heard it; nobody did while the orchestrator reconnects.
-        self._unheard.extend(event for position, event in outcomes if not answers[position])
+        for position, (event, on_sent) in zip(positions, sendings, strict=True):
+            # PUBLISH answers how many heard it; nobody did while the orchestrator reconnects.
+            if _is_outcome(event) and not answers[position]:
+                self._unheard.append((event, on_sent))
+            elif on_sent is not None:
+                on_sent()
 
     def _publish_lossy(
         self, client: redis.Redis, max_bytes: int, tasks: Collection[str] | None = None
@@ -216,10 +221,10 @@ class _Publisher:
         self.lossy.drop(len(errors))
 
     def _repeat_unheard(self, client: redis.Redis) -> None:
-        events = list(self._unheard)
-        if events and client.pubsub_numsub(TASK_EVENTS_CHANNEL)[0][1]:
-            self._send(client, events)
-            for _ in events:
+        sendings = list(self._unheard)
+        if sendings and client.pubsub_numsub(TASK_EVENTS_CHANNEL)[0][1]:
+            self._send(client, sendings)
+            for _ in sendings:
                 self._unheard.popleft()
 
     def _attempt(self, call: Callable[[], None]) -> None:
@@ -325,7 +330,7 @@ class RedisPubSubTransport(Transport):
         self._queue: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
-        self._outgoing: list[Event] = []
+        self._outgoing: list[_Sending] = []
         self._waking: asyncio.Handle | None = None
 
     async def open(self) -> None:
@@ -355,7 +360,7 @@ class RedisPubSubTransport(Transport):
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
 
-    def send(self, event: Event) -> None:
+    def send(self, event: Event, on_sent: Callable[[], None] | None = None) -> None:
         """Queue an event for the publisher.
 
         Events of one turn of the loop leave as one transaction, and what announces a start waits
@@ -366,9 +371,9 @@ class RedisPubSubTransport(Transport):
             self._publisher.lossy.put_progress(event)
             return
         if self._loop is None or threading.get_ident() != self._loop_thread:
-            self._publisher.put((event,))
+            self._publisher.put(((event, on_sent),))
             return
-        self._outgoing.append(event)
+        self._outgoing.append((event, on_sent))
         if event.type in (STATUS, TASK_STARTED):
             if self._waking is None:
                 self._waking = self._loop.call_later(_LINGER_S, self._release)
@@ -389,8 +394,8 @@ class RedisPubSubTransport(Transport):
 
     def _release(self) -> None:
         self._cancel_waking()
-        events, self._outgoing = self._outgoing, []
-        self._publisher.put(events)
+        sendings, self._outgoing = self._outgoing, []
+        self._publisher.put(sendings)
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until the publisher has written all that was queued before."""

@@ -22,12 +22,12 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 # Each line may import from the lines above it, and one way within itself.
 LAYERS = (
     "errors",
-    "wire validation contract events config masking importing bounded_folder",
+    "wire validation quantities contract events config masking importing bounded_folder",
     "specs workflow templates rows data checkpoints models inputs executor hookspecs"
     " merge ledger echo",
     "task_log task_progress",
     "plugins registry artifacts stores transports places telemetry",
-    "checking resources batches reservations preparation result_cache runner presence",
+    "checking resources batches reservations preparation result_cache runner presence housekeeping",
     "worker",
     "local_run cli testing __main__",
 )

@@ -22,12 +22,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def flowmesh(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def flowmesh(
+    *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 120, **environ: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flowmesh_core", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
+        cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environ},
     )
 
@@ -95,6 +98,50 @@ def test_an_example_whose_engine_is_missing_says_how_to_get_it() -> None:
     assert done.returncode == 2
     assert "needs the package" in done.stderr
     assert "pip install 'flowmesh-transformers[engine]'" in done.stderr
+
+
+TRAINED = EXAMPLES.parent  # the examples' data is named from here
+
+
+def train(name: str, out: Path) -> dict[str, dict[str, Any]]:
+    for package in ("trl", "torch"):
+        pytest.importorskip(package)
+    done = flowmesh("run", EXAMPLES / name, "--out", out, "--json", cwd=TRAINED, timeout_s=900)
+    assert done.returncode == 0, done.stdout
+    return {report["name"]: report for report in json.loads(done.stdout)}
+
+
+def losses(report: dict[str, Any]) -> list[float]:
+    history = json.loads((Path(report["folder"]) / "training_metrics.json").read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_an_adapter_teaches_the_real_model_what_it_did_not_know(tmp_path: Path) -> None:
+    reports = train("lora.yaml", tmp_path)
+    falling = losses(reports["teach"])
+    assert len(falling) == 30
+    assert sum(falling[-5:]) < 0.2 * sum(falling[:5])
+    answers = outputs(reports["ask"])
+    assert "Marta" in answers[0]
+    assert "green" in answers[1]
+
+
+@pytest.mark.slow
+def test_each_stage_trains_on_from_the_model_of_the_one_before(tmp_path: Path) -> None:
+    reports = train("sft_dpo.yaml", tmp_path)
+    assert reports["prefer"]["result"]["resume_from_path"].startswith(reports["learn"]["folder"])
+    assert losses(reports["learn"])[-1] < losses(reports["learn"])[0]
+    assert reports["prefer"]["result"]["metrics"]["rewards/margins"] > 0
+    assert all(outputs(reports["ask"]))
+
+
+@pytest.mark.slow
+def test_a_rule_rewards_the_real_model(tmp_path: Path) -> None:
+    (report,) = train("grpo.yaml", tmp_path).values()
+    assert report["result"]["steps"] == 3
+    assert 0 < report["result"]["metrics"]["reward"] <= 1.5
+    assert (Path(report["folder"]) / "final_lora" / "adapter_model.safetensors").is_file()
 
 
 def test_a_graph_template_lays_both_answers_out(tmp_path: Path) -> None:

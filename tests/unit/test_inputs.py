@@ -1024,9 +1024,7 @@ def test_rows_that_are_named_twice_are_refused(bench: Bench) -> None:
 
 
 def test_data_without_rows_names_what_would_be_some(bench: Bench) -> None:
-    with pytest.raises(
-        InputError, match=r"spec\.data\.type must be .*jsonl_path, dataset_n"
-    ):
+    with pytest.raises(InputError, match=r"spec\.data\.type must be .*jsonl_path, dataset_n"):
         bench.rows({"promts": ["a"]})
 
 

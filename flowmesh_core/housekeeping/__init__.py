@@ -1,0 +1,1 @@
+"""What has been reported, what is left on disk, and the removal of what is old."""
