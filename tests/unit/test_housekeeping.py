@@ -31,7 +31,7 @@ from flowmesh_core.housekeeping.cleaning import Cleaner, Housekeeping, Limits, P
 from flowmesh_core.housekeeping.history import History
 from flowmesh_core.housekeeping.journal import Hold, Journal, parse_words
 from flowmesh_core.housekeeping.leftovers import State
-from flowmesh_core.plugins import load_plugins
+from flowmesh_core.plugins import Plugins, load_plugins
 from flowmesh_core.quantities import parse_duration_s, parse_size_bytes
 from flowmesh_core.transports.local import LocalTransport
 from flowmesh_core.worker import Worker
@@ -710,11 +710,17 @@ def dispatch(task_id: str, **spec: Any) -> bytes:
     return json.dumps({"task_id": task_id, "task": task, "assigned_worker": "w1"}).encode()
 
 
-async def work(results: Path, *bodies: bytes, listening: bool = True, **options: Any) -> None:
+async def work(
+    results: Path,
+    *bodies: bytes,
+    listening: bool = True,
+    plugins: Plugins | None = None,
+    **options: Any,
+) -> None:
     """Let a worker do the tasks over the local transport, then stop it."""
-    settings = load_settings({}, worker_id="w1", results_dir=results)
+    settings = load_settings({}, worker_id="w1", results_dir=results, **options)
     transport = LocalTransport(settings)
-    worker = Worker(settings, transport=transport, **options)
+    worker = Worker(settings, transport=transport, plugins=plugins)
     ended: list[str] = []
     if listening:
         transport.listen(lambda event: ended.append(event.type))
@@ -795,8 +801,7 @@ def test_an_event_that_cannot_leave_the_local_transport_is_not_confirmed() -> No
 def test_a_worker_that_is_told_to_cleans_up_itself(place: Place) -> None:
     folder = place.write("old")
     place.report(folder)
-    limits = Limits(older_than_s=0)
-    asyncio.run(work(place.root, dispatch("new"), limits=limits))
+    asyncio.run(work(place.root, dispatch("new"), gc_older_than_s=0.0))
     assert place.names() == {"new"}
 
 
