@@ -6,6 +6,7 @@ Several processes may share it: a file appears whole, and whoever needs room may
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ import attrs
 
 __all__ = ["BoundedFolder"]
 
+# All files are looked at whenever this part of the bound has been written.
+_SHARE = 16
 
-@attrs.frozen(kw_only=True)
+
+@attrs.define
 class BoundedFolder:
     """Files directly below ``path``; sub-folders and hidden files are left alone.
 
@@ -27,6 +31,7 @@ class BoundedFolder:
 
     path: Path
     max_bytes: int
+    _unlooked_bytes: float = math.inf  # written here since all were looked at
 
     @contextlib.contextmanager
     def appearing(self, target: Path) -> Iterator[Path]:
@@ -39,19 +44,29 @@ class BoundedFolder:
         part = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
             yield part
+            self._unlooked_bytes += part.stat().st_size
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
 
     def make_room(self) -> None:
-        """Remove the longest unused files until the rest fits."""
+        """Remove the longest unused files until the rest fits.
+
+        Looks only when enough was written to matter, and then leaves room for as much again.
+        """
+        slack_bytes = self.max_bytes // _SHARE
+        if self._unlooked_bytes <= slack_bytes:
+            return
+        self._unlooked_bytes = 0
         files = sorted(self._files())
         total_bytes = sum(size for _, size, _ in files)
+        if total_bytes <= self.max_bytes - slack_bytes:
+            return
         for _, size_bytes, path in files:
-            if total_bytes <= self.max_bytes:
-                return
             Path(path).unlink(missing_ok=True)
             total_bytes -= size_bytes
+            if total_bytes <= self.max_bytes - slack_bytes:
+                return
 
     def _files(self) -> Iterator[tuple[int, int, str]]:
         """Yield time of last use, size and path of each file."""

@@ -7,8 +7,11 @@ starts without it. Block lists and version checks act before import.
 from __future__ import annotations
 
 import enum
+import functools
+import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import (
@@ -16,6 +19,7 @@ from importlib.metadata import (
     PackageNotFoundError,
     distribution,
     entry_points,
+    packages_distributions,
     version,
 )
 from pathlib import Path
@@ -41,6 +45,7 @@ __all__ = [
     "PluginReport",
     "PluginState",
     "Plugins",
+    "code_version",
     "core_requirement",
     "extensions",
     "installed_version",
@@ -441,12 +446,31 @@ def _complain(candidate: _Candidate, *, raise_now: bool) -> None:
     _log.error("%s", text)
 
 
+@functools.cache
 def installed_version(name: str) -> str:
-    """Return the version of a distribution; empty when none of that name is installed."""
+    """Return the version of a distribution, or of the one that a package is imported from.
+
+    Empty when none is installed.
+    """
     try:
         return version(name)
     except PackageNotFoundError:
-        return ""
+        found = packages_distributions().get(name)
+        return version(found[0]) if found else ""
+
+
+def code_version(target: str) -> str:
+    """Return what tells the code of ``package.module:Name`` from any other.
+
+    Returns:
+        The version of its distribution, else the digest of its single file; empty when there is
+        neither.
+    """
+    module = target.partition(":")[0]
+    if known := installed_version(module.partition(".")[0]):
+        return known
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def load_driver(group: str, name: str) -> Any:

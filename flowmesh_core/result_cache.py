@@ -24,7 +24,7 @@ from flowmesh_core.errors import ContractError
 from flowmesh_core.executor import ExecutorInfo, Outcome
 from flowmesh_core.inputs import Inputs
 from flowmesh_core.merge import OWNER_FIELDS, canonical_json, work_key
-from flowmesh_core.plugins import installed_version
+from flowmesh_core.plugins import code_version, installed_version
 from flowmesh_core.wire import decode_json, encode_json, utc_now
 
 __all__ = ["ResultCache", "result_key"]
@@ -40,30 +40,34 @@ def result_key(info: ExecutorInfo, task: Task, inputs: Inputs) -> str | None:
 
     Args:
         info: The executor that serves the task.
-        task: Secrets that its spec names count by their name.
+        task: Its spec with the secrets in it; only the digest is ever stored.
         inputs: What was gathered for it.
 
     Returns:
-        None when chance decides, or when it cannot be told what is read.
+        None when chance decides, or when it cannot be told what is read or run.
     """
-    results = {stage: _made(document) for stage, document in inputs.upstream.items()}
-    spec = {**task.spec, "_upstreamResults": results}
-    work = work_key(attrs.evolve(task, spec=spec))
+    upstream = {stage: _made(document) for stage, document in task.common.upstream.items()}
+    work = work_key(attrs.evolve(task, spec={**task.spec, "_upstreamResults": upstream}))
     if work is None or info.environment or not _is_pinned(inputs):
         return None
-    owner = [task.metadata.get(name) for name in OWNER_FIELDS]
-    versions = [installed_version(name) for name in ("flowmesh-core", *info.needs)]
+    packages = ("flowmesh-core", *(name.partition(".")[0] for name in info.needs))
+    versions = [code_version(info.target), *map(installed_version, packages)]
+    if not all(versions):
+        return None
     try:
         files = [_identity(path) for path in inputs.paths()]
     except OSError:
         return None
-    text = canonical_json([info.name, versions, owner, task.task_type, files]) + work
+    owner = [task.metadata.get(name) for name in OWNER_FIELDS]
+    rows = inputs.rows.to_dict() if inputs.rows and inputs.rows.path is None else None
+    text = canonical_json([info.name, versions, owner, task.task_type, files, rows]) + work
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _made(document: Mapping[str, Any]) -> Any:
+def _made(document: Any) -> Any:
     """Return what an earlier stage answered, without when, where and for whom it was done."""
-    result = document.get("result")
+    wrapped = isinstance(document, Mapping) and "result" in document
+    result = document["result"] if wrapped else document
     if isinstance(result, Mapping):
         return {key: value for key, value in result.items() if key != "cached"}
     return result
@@ -98,6 +102,23 @@ def _file_identity(path: Path) -> Any:
     return digest.hexdigest()
 
 
+@attrs.define(eq=False)
+class Flight:
+    """Work that is being done.
+
+    Attributes:
+        owner: Who does it: those of one batch do not wait for each other.
+        ended: Done when it has ended, well or not.
+        unkeepable: It went well and cannot be kept, so that nobody need wait for the next one.
+    """
+
+    owner: object
+    ended: asyncio.Future[None] = attrs.field(
+        factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    unkeepable: bool = False
+
+
 class ResultCache:
     """Results on disk, and which of them this process is working on.
 
@@ -107,47 +128,55 @@ class ResultCache:
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = BoundedFolder(path=folder, max_bytes=max_bytes)
-        self._flights: dict[str, asyncio.Future[None]] = {}
+        self._folder = BoundedFolder(folder, max_bytes)
+        self._flights: dict[str, Flight] = {}
 
-    def in_flight(self, key: str) -> asyncio.Future[None] | None:
-        """Return what is done when whoever works on a key here has ended, well or not."""
+    def in_flight(self, key: str) -> Flight | None:
+        """Return the work that is being done here on a key."""
         return self._flights.get(key)
 
     @contextlib.contextmanager
-    def flight(self, key: str) -> Iterator[None]:
-        """Work on a key, which nobody else here does."""
-        ended = self._flights[key] = asyncio.get_running_loop().create_future()
+    def flight(self, key: str, owner: object) -> Iterator[Flight]:
+        """Work on a key; those who come meanwhile find the first who does."""
+        flight = Flight(owner)
+        first = self._flights.setdefault(key, flight)
         try:
-            yield
+            yield flight
         finally:
-            del self._flights[key]
-            ended.set_result(None)
+            if first is flight:
+                del self._flights[key]
+            flight.ended.set_result(None)
 
     def find(self, key: str) -> Outcome | None:
         """Return a result that was kept, marked as such; a damaged one is none."""
         path = self._folder.path / key
         try:
             entry = decode_json(path.read_bytes())
-            result, source = dict(entry["result"]), dict(entry["cached"])
+            source = {"task_id": str(entry["cached"]["task_id"]), "at": entry["cached"]["at"]}
+            result = {**entry["result"], "cached": source}
         except (OSError, ContractError, LookupError, TypeError, ValueError):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used now, and so the last to go
-        return Outcome(result={**result, "cached": source})
+        return Outcome(result=result)
 
-    def keep(self, key: str, task: Task, outcome: Outcome) -> None:
-        """Keep a result, unless it failed, names files or is too large.
+    def keep(self, key: str, task_id: str, outcome: Outcome) -> bool:
+        """Keep a result, unless it names files or is too large; return whether it is kept.
 
         A cache that cannot be written is no reason to fail.
         """
-        if not outcome.ok or outcome.artifacts or outcome.result.get("ok") is False:
-            return
-        source = {"task_id": task.task_id, "at": utc_now()}
+        source = {"task_id": task_id, "at": utc_now()}
         content = encode_json({"cached": source, "result": outcome.result})
-        if len(content) > self._folder.max_bytes:
-            return
-        with contextlib.suppress(OSError):
+        if outcome.artifacts or len(content) > self._folder.max_bytes:
+            return False
+        try:
             with self._folder.appearing(self._folder.path / key) as part:
                 part.write_bytes(content)
+        except OSError:
+            return False
+        return True
+
+    def make_room(self) -> None:
+        """Remove the longest unused results until the rest fits, if that may be needed."""
+        with contextlib.suppress(OSError):
             self._folder.make_room()

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -84,6 +93,12 @@ class _Run:
 
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def owner(self) -> object:
+        """Who does its work: the batch in which it has a seat, or it alone."""
+        seats = self.reservation.seats
+        return self if seats is None or self.seated else seats.batch
 
     def give_up_seat(self) -> None:
         """Run alone, or not at all; harmless when it has taken its seat."""
@@ -314,7 +329,15 @@ class Runner:
         run.mask = run.mask.joined(mask)
         checked = prepare.check_spec(info, task, spec)
         inputs = await _in_time(run, prepare.gather(info, task, spec, run.attempt.folder))
-        place_name, place = prepare.find_place(info)
+        work = functools.partial(self._run_in_place, run, info, spec, checked, inputs)
+        if self._cache is None:
+            return await work()
+        return await self._once(self._cache, run, info, spec, inputs, work)
+
+    async def _run_in_place(
+        self, run: _Run, info: ExecutorInfo, spec: Mapping[str, Any], checked: Any, inputs: Inputs
+    ) -> Outcome:
+        place_name, place = self._preparation.find_place(info)
         if place_name == "inline":
             run.inline |= {info.name}
         previous = [run.attempt.previous] if run.attempt.previous else []
@@ -327,37 +350,46 @@ class Runner:
             ctx=ctx,
             log=run.log,
             mask=run.mask,
-            variables=prepare.variables_for(info),
+            variables=self._preparation.variables_for(info),
             memory_bytes=request.memory_bytes,
             gpu_memory_bytes=request.gpu_memory_bytes,
         )
         try:
-            return await self._once(run, place, job, inputs)
+            return await self._within_memory(run, place, job)
         finally:
             await place.collect(run.attempt.folder)
 
-    async def _once(self, run: _Run, place: Place, job: Job, inputs: Inputs) -> Outcome:
+    async def _once(
+        self,
+        cache: ResultCache,
+        run: _Run,
+        info: ExecutorInfo,
+        spec: Mapping[str, Any],
+        inputs: Inputs,
+        work: Callable[[], Awaitable[Outcome]],
+    ) -> Outcome:
         """Take the result of the same work if there is one, else do it and keep its result."""
-        cache = self._cache
-        if cache is None:
-            return await self._within_memory(run, place, job)
-        key = await asyncio.to_thread(result_key, job.info, run.task, inputs)
+        task = attrs.evolve(run.task, spec=spec)
+        key = await _in_time(run, asyncio.to_thread(result_key, info, task, inputs))
         if key is None:
-            return await self._within_memory(run, place, job)
-        while (other := cache.in_flight(key)) is not None:
+            return await work()
+        while (other := cache.in_flight(key)) and other.owner is not run.owner:
             run.give_up_seat()  # whoever does the work may be waiting for it
-            await _in_time(run, asyncio.wait([other]))
-        with cache.flight(key):
+            await _in_time(run, asyncio.wait([other.ended]))
+            if other.unkeepable:
+                return await work()
+        with cache.flight(key, run.owner) as flight:
             found = await asyncio.to_thread(cache.find, key)
             if found is not None:
-                self._cached.add(run.task.task_id)
+                self._cached.add(task.task_id)
                 run.log.line("info", f"result of task {found.result['cached']['task_id']} used")
                 return found
-            outcome = await self._within_memory(run, place, job)
-            if not holds_files(run.attempt.folder):
-                masked = _masked(outcome, run.mask)
-                await asyncio.to_thread(cache.keep, key, run.task, masked)
-            return outcome
+            outcome = await work()
+            if outcome.ok and outcome.result.get("ok") is not False:
+                kept = await asyncio.to_thread(_keep, cache, key, run, outcome)
+                flight.unkeepable = not kept
+        await asyncio.to_thread(cache.make_room)
+        return outcome
 
     def _context(
         self, run: _Run, info: ExecutorInfo, spec: Any, inputs: Inputs, there: Mapping[Any, Any]
@@ -551,6 +583,12 @@ async def _in_time(run: _Run, work: Coroutine[Any, Any, ResultT]) -> ResultT:
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     run.stop.check()
     raise run.too_late()
+
+
+def _keep(cache: ResultCache, key: str, run: _Run, outcome: Outcome) -> bool:
+    if holds_files(run.attempt.folder):
+        return False
+    return cache.keep(key, run.task.task_id, _masked(outcome, run.mask))
 
 
 def _resolve_threadsafe(

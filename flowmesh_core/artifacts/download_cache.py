@@ -72,10 +72,12 @@ class DownloadCache:
 
     folder: Path
     max_bytes: int
-
-    @property
-    def _bounded(self) -> BoundedFolder:
-        return BoundedFolder(path=self.folder, max_bytes=self.max_bytes)
+    _bounded: BoundedFolder = attrs.field(
+        init=False,
+        default=attrs.Factory(
+            lambda self: BoundedFolder(self.folder, self.max_bytes), takes_self=True
+        ),
+    )
 
     def find(self, url: str) -> CachedFile | None:
         """Return what an earlier download of the URL left."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,14 @@ from flowmesh_core import (
 from flowmesh_core.bounded_folder import BoundedFolder
 from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import DeadlineError, ExecutionError
-from flowmesh_core.inputs import Inputs, ModelRef
+from flowmesh_core.inputs import Inputs, ModelRef, RowSource
 from flowmesh_core.local_run import LocalRun, StageReport, plan
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.result_cache import ResultCache, result_key
 from flowmesh_core.testing import run_task
 from flowmesh_core.testing.harness import TaskRun
 
+NOTHING = Inputs()
 GREEDY = {"data": {"type": "list", "items": ["a"]}, "inference": {"temperature": 0}}
 
 
@@ -129,7 +133,10 @@ def test_a_failure_and_a_result_with_files_are_not_kept(do: str, tmp_path: Path)
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b'{"result": 1}', b'{"result": {}, "cached": 1}'])
+DAMAGES = [b"", b"[]", b'{"result": 1}', b'{"result": {}, "cached": 1}']
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, b'{"result": {}, "cached": {}}'])
 def test_a_damaged_entry_is_done_again_and_replaced(damage: bytes, tmp_path: Path) -> None:
     answer(tmp_path, GREEDY, "one")
     (entry,) = (tmp_path / "cache").iterdir()
@@ -146,20 +153,36 @@ def test_a_cache_that_cannot_be_written_fails_no_task(tmp_path: Path) -> None:
 
 def test_the_longest_unused_results_go_first(tmp_path: Path) -> None:
     cache = ResultCache(tmp_path, max_bytes=400)
-    task = parse_task({"spec": {"taskType": "inference"}}, task_id="t")
     for name in "abc":
-        cache.keep(name, task, Outcome(result={"text": "x" * 50}))
+        assert cache.keep(name, "t", Outcome(result={"text": "x" * 50}))
+        cache.make_room()
         time.sleep(0.01)  # the file system's clock is coarse
         assert cache.find("a") is not None, "what is used stays"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
-    cache.keep("files", task, Outcome(artifacts=[Artifact("made.txt")]))
+    assert not cache.keep("files", "t", Outcome(artifacts=[Artifact("made.txt")]))
+    assert not cache.keep("large", "t", Outcome(result={"text": "x" * 500}))
     assert cache.find("files") is None
-    cache.keep("large", task, Outcome(result={"text": "x" * 500}))
     assert cache.find("large") is None
 
 
+def test_all_files_are_looked_at_only_when_enough_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Any] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (looks.append(path), scan(path))[1])
+    folder = BoundedFolder(tmp_path, 16_000)
+    for number in range(40):
+        with folder.appearing(tmp_path / str(number)) as part:
+            part.write_bytes(b"x" * 500)
+        folder.make_room()
+        total = sum(path.stat().st_size for path in tmp_path.glob("*"))
+        assert total <= 16_000
+    assert len(looks) - 40 < 15, "glob looks too"
+
+
 def test_a_file_that_another_process_removes_meanwhile_is_no_error(tmp_path: Path) -> None:
-    folder = BoundedFolder(path=tmp_path, max_bytes=1)
+    folder = BoundedFolder(tmp_path, 1)
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     with folder.appearing(tmp_path / "whole") as part:
         part.write_bytes(b"12")
@@ -168,10 +191,18 @@ def test_a_file_that_another_process_removes_meanwhile_is_no_error(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
 
 
-def key(inputs: Inputs, *, metadata: Mapping[str, Any] | None = None, **info: Any) -> str | None:
-    declared = ExecutorInfo(name="a", task_types={"inference"}, target="a:B", **info)
-    document = {"metadata": metadata or {}, "spec": {"taskType": "inference", **GREEDY}}
-    return result_key(declared, parse_task(document, task_id="t"), inputs)
+def key(
+    inputs: Inputs = NOTHING,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    spec: Mapping[str, Any] | None = None,
+    target: str = f"{__name__}:Answers",
+    **info: Any,
+) -> str | None:
+    declared = ExecutorInfo(name="a", task_types={"inference"}, target=target, **info)
+    known = {"taskType": "inference", **GREEDY, **(spec or {})}
+    task = parse_task({"metadata": metadata or {}, "spec": known}, task_id="t")
+    return result_key(declared, task, inputs)
 
 
 def test_a_result_is_nobody_elses(tmp_path: Path) -> None:
@@ -187,6 +218,37 @@ def test_what_cannot_be_told_to_be_equal_has_no_key(tmp_path: Path) -> None:
     assert key(Inputs(model=pinned)) is not None
     assert key(Inputs(), environment="blue") is None
     assert key(Inputs(checkpoint=tmp_path / "gone")) is None
+    assert key(needs=["no_such_package"]) is None
+    assert key(target="no_such_package:Thing") is None
+
+
+def test_earlier_results_count_however_they_are_stored() -> None:
+    said = [{"items": [{"output": text}]} for text in "ab"]
+    wrapped = [{"task_id": f"t{n}", "result": each} for n, each in enumerate(said)]
+    seen = {key(spec={"_upstreamResults": {"one": each}}) for each in (*said, {"other": 1})}
+    assert len(seen) == 3
+    told = [key(spec={"_upstreamResults": {"one": each}}) for each in wrapped]
+    assert told[0] != told[1]
+    again = {"task_id": "later", "result": {**said[0], "cached": {"task_id": "t0"}}}
+    assert key(spec={"_upstreamResults": {"one": again}}) == told[0]
+
+
+def test_rows_that_were_rendered_count_by_what_they_say() -> None:
+    rendered = [Inputs(rows=RowSource.from_prompts([text])) for text in "ab"]
+    assert key(rendered[0]) != key(rendered[1])
+
+
+def test_the_code_of_the_executor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {key(target="pytest:Thing"), key(target="attrs:Thing"), key()}
+    file = tmp_path / "flowmesh_plugin_x.py"
+    module = types.ModuleType("flowmesh_plugin_x")
+    module.__file__ = str(file)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for text in ("one", "two"):
+        file.write_text(text)
+        seen.add(key(target="flowmesh_plugin_x:Thing"))
+    assert None not in seen
+    assert len(seen) == 5
 
 
 def test_weights_count_by_their_files(tmp_path: Path) -> None:
@@ -230,6 +292,8 @@ def count(ctx):
     runs = Path(ctx.raw_spec["runs"])
     with runs.open("a") as file:
         file.write("x")
+    if ctx.raw_spec.get("write"):
+        (ctx.folder / "made.txt").write_text("made")
     if len(runs.read_text()) <= ctx.raw_spec.get("fail", 0):
         raise ExecutionError("not yet")
 
@@ -283,6 +347,35 @@ def test_equal_tasks_at_the_same_time_are_one_run(
     reports = run_stages(tmp_path, {name: {"executor": executor} for name in "abcd"}, slots)
     assert all(report.ok for report in reports.values())
     assert runs(tmp_path) == 1
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_equal_work_of_one_batch_is_done_once_though_its_files_cannot_be_kept(
+    slots: int, tmp_path: Path
+) -> None:
+    stages = {name: {"executor": "grouped", "write": True} for name in "abcd"}
+    reports = run_stages(tmp_path, stages, slots)
+    assert runs(tmp_path) == 1
+    for report in reports.values():
+        assert report.folder is not None
+        assert (report.folder / "made.txt").read_text() == "made"
+
+
+def test_nobody_waits_in_turn_for_what_cannot_be_kept(tmp_path: Path) -> None:
+    stages = {name: {"executor": "slow", "write": True, "s": 1.0} for name in "abcd"}
+    started = time.monotonic()
+    reports = run_stages(tmp_path, stages, slots=4)
+    assert all(report.ok for report in reports.values())
+    assert runs(tmp_path) == 4
+    assert time.monotonic() - started < 3.5, "in turn they take 4 s"
+
+
+def test_a_secret_counts_by_its_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {**GREEDY, "note": "${env.PERSONA}"}
+    for number, persona in enumerate(["ann", "ann", "bob"]):
+        monkeypatch.setenv("PERSONA", persona)
+        answer(tmp_path, spec, f"t{number}", env_allow=("PERSONA",))
+    assert runs(tmp_path) == 2
 
 
 def test_when_the_first_fails_the_next_does_it_itself(tmp_path: Path) -> None:
