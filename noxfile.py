@@ -74,8 +74,11 @@ def types(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core alone: no plugin is installed."""
     install(session, extra="testing,fsspec")
-    session.install("hatchling>=1.27")  # the packaging tests build wheels
-    pytest(session, "tests/unit", "tests/integration", "tests/packaging", "-m", "not slow")
+    session.install("hatchling>=1.27", "pytest-xdist>=3.6")  # the packaging tests build wheels
+    # By files, whose tests share what is costly; most of them wait for processes.
+    parallel = ("-n", "3", "--dist", "loadfile")
+    tests = ("tests/unit", "tests/integration", "tests/packaging")
+    pytest(session, *tests, "-m", "not slow", *parallel)
 
 
 @nox.session(python=pythons(ROOT))

@@ -49,7 +49,11 @@ def command(plugin_files: tuple[Path, ...], without: tuple[str, ...]) -> None:
 
 def _log_to_file(settings: Settings, path: Path) -> None:
     handler = logging.handlers.RotatingFileHandler(
-        path, maxBytes=settings.log_max_bytes, backupCount=settings.log_backups, encoding="utf-8"
+        path,
+        maxBytes=settings.log_max_bytes,
+        backupCount=settings.log_backups,
+        encoding="utf-8",
+        errors="backslashreplace",  # a name or a text may hold what UTF-8 cannot
     )
     handler.setFormatter(logging.Formatter(_FORMAT))
     logging.getLogger().addHandler(handler)
