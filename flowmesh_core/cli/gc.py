@@ -63,8 +63,11 @@ def command(
     if not folder.is_dir():
         raise ConfigError(f"RESULTS_DIR must be a folder that is there, got {str(folder)!r}")
     housekeeping = Housekeeping(folder, settings.allowed_dirs, limits=limits)
-    plan = housekeeping.plan()
-    removed = Removed(gone=plan.going) if dry_run else housekeeping.remove(plan)
+    try:
+        plan = housekeeping.plan()
+        removed = Removed(gone=plan.going) if dry_run else housekeeping.remove(plan)
+    except OSError as exc:
+        raise click.ClickException(f"{folder} cannot be cleaned up: {exc}") from exc
     if as_json:
         click.echo(json.dumps(_as_json(plan, removed, dry_run), indent=2))
     else:

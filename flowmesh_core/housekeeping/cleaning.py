@@ -25,6 +25,7 @@ from flowmesh_core.housekeeping.leftovers import (
     State,
     find_engines,
     find_tasks,
+    identify,
     is_anything_left,
     is_way_clear,
     measure,
@@ -106,14 +107,15 @@ class Housekeeping:
     def plan(self) -> Plan:
         """Decide what goes; nothing is changed."""
         self._history.refresh()
-        known = self._history.folders
-        outer = {str(folder) for key in known for folder in Path(key).parents}
+        known, outer = self._history.folders, self._find_outer()
         found = [self._judge(each, outer) for each in find_tasks(self._root, self._allowed, known)]
         going: list[Leftover] = []
         staying: list[Leftover] = []
         for leftover in sorted(found, key=lambda leftover: leftover.at):
             (going if self._is_over_age(leftover) else staying).append(leftover)
         going = [measure(leftover) for leftover in going]
+        staying += [leftover for leftover in going if leftover.state is State.HELD]
+        going = [leftover for leftover in going if leftover.state is not State.HELD]
         if self._limits.max_bytes is not None:
             staying = [measure(leftover) for leftover in staying]
             going += self._choose_by_size(staying, self._limits.max_bytes)
@@ -122,6 +124,10 @@ class Housekeeping:
             going=(*going, *self._find_engines()),
             staying=tuple(each for each in staying if each.folder not in gone),
         )
+
+    def _find_outer(self) -> set[str]:
+        """Return the folders in which there is one of which a journal says something."""
+        return {str(folder) for key in self._history.folders for folder in Path(key).parents}
 
     def _judge(self, leftover: Leftover, outer: Collection[str]) -> Leftover:
         if not leftover.key:
@@ -173,16 +179,17 @@ class Housekeeping:
         """Remove what a plan says, but for what has changed since.
 
         Raises:
-            OSError: A journal cannot be read.
+            OSError: A journal cannot be read, or its writer not be kept from writing.
         """
         gone: list[Leftover] = []
         failed: list[Path] = []
         for start in range(0, len(plan.going), _BATCH):
             moved: list[Path] = []
             with self._history.frozen():
+                outer = self._find_outer()
                 for leftover in plan.going[start : start + _BATCH]:
                     try:
-                        away = self._take_away(leftover)
+                        away = self._take_away(leftover, outer)
                     except OSError as exc:
                         _log.warning("%s cannot be removed: %s", leftover.folder, exc)
                         failed.append(leftover.folder)
@@ -195,13 +202,14 @@ class Housekeeping:
         self._history.compact(lambda key: is_anything_left(self._root / key))
         return Removed(gone=tuple(gone), failed=tuple(failed))
 
-    def _take_away(self, leftover: Leftover) -> list[Path]:
+    def _take_away(self, leftover: Leftover, outer: Collection[str]) -> list[Path]:
         """Rename what is to go; change nothing when it is not what was planned any more.
 
         Raises:
             OSError: It cannot be renamed; nothing is changed.
         """
-        if leftover.key and not self._is_as_planned(leftover):
+        # Before anything is renamed: a clean-up that is killed puts nothing back.
+        if not (self._is_as_planned(leftover, outer) and leftover.is_as_found):
             return []
         moved: dict[Path, Path] = {}
         try:
@@ -215,14 +223,16 @@ class Housekeeping:
             if isinstance(exc, FileNotFoundError):  # another clean-up was faster
                 return []
             raise
-        if leftover.parts == {path: (s.st_dev, s.st_ino) for path, s in found.items()}:
+        if leftover.parts == identify(found):
             return [*moved.values()]
         _put_back(moved)  # a worker was, whose journal is elsewhere
         return []
 
-    def _is_as_planned(self, leftover: Leftover) -> bool:
+    def _is_as_planned(self, leftover: Leftover, outer: Collection[str]) -> bool:
         """Whether nobody has said anything else of it since."""
-        if self._history.is_held(leftover.key):
+        if not leftover.key:
+            return True
+        if self._history.is_held(leftover.key) or leftover.key in outer:
             return False
         at = self._history.reported_at(leftover.key)
         same = leftover.state is not State.REPORTED or at == leftover.at

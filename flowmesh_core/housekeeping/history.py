@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,21 +37,28 @@ class History:
 
     def __init__(self, root: Path) -> None:
         self._workers = root / _WORKERS
-        self._readers: dict[Path, _Reader] = {}
+        self._said: dict[Path, dict[str, Word]] = {}
 
     @property
     def folders(self) -> set[str]:
         """Every folder of which something was said, as ``folder_key`` has it."""
-        return {key for reader in self._readers.values() for key in reader.words}
+        return {key for words in self._said.values() for key in words}
 
     def refresh(self) -> None:
-        """Read what has been said since the last time."""
-        for worker in self._list_folders():
-            self._readers.setdefault(worker, _Reader(worker / JOURNAL_NAME)).refresh()
+        """Read what has been said until now.
+
+        Raises:
+            OSError: A journal cannot be read.
+        """
+        self._said = {worker: _read(worker / JOURNAL_NAME) for worker in self._list_folders()}
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let no worker that lives say more for a moment, and read what was said until then."""
+        """Let no worker that lives say more for a moment, and read what was said until then.
+
+        Raises:
+            OSError: A journal cannot be read, or its writer not be kept from writing.
+        """
         with contextlib.ExitStack() as stack:
             for worker, begun_at in self.list_workers():
                 if begun_at < math.inf:
@@ -94,8 +102,8 @@ class History:
         return at if at > held_at else None
 
     def _words(self, folder: str) -> Iterator[tuple[Path, Word]]:
-        for worker, reader in self._readers.items():
-            if (word := reader.words.get(folder)) is not None:
+        for worker, words in self._said.items():
+            if (word := words.get(folder)) is not None:
                 yield worker, word
 
     def compact(self, is_there: Callable[[str], bool]) -> None:
@@ -112,52 +120,49 @@ class History:
                 _log.warning("the journal in %s stays as long as it is: %s", worker, exc)
 
 
-class _Reader:
-    """What one journal says, by folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.words: dict[str, Word] = {}
-        self._path = path
-        self._inode = self._offset = 0
-
-    def refresh(self) -> None:
-        """Read what was appended, or all of a journal that was compacted."""
-        try:
-            handle = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError as exc:
-            if exc.errno not in (errno.ENOENT, errno.ELOOP):
-                raise  # somebody may hold something
-            self.words = {}  # none, or a link, in which nothing counts
-            return
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if status.st_ino != self._inode or status.st_size < self._offset:
-                self.words, self._inode, self._offset = {}, status.st_ino, 0
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        self.words.update(parse_words(whole))
+def _read(path: Path) -> dict[str, Word]:
+    """Return what a journal says, by folder; all of it, as another may have taken its place."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOENT, errno.ELOOP):
+            raise  # somebody may hold something
+        return {}  # none, or a link, in which nothing counts
+    with os.fdopen(handle, "rb") as file:
+        return dict(parse_words(file.read()))
 
 
 def _compact(path: Path, is_there: Callable[[str], bool]) -> None:
-    """Rewrite a journal, for which its writers wait; in place of it by one rename."""
+    """Rewrite a journal, for which its writers wait; in place of it by one rename.
+
+    Raises:
+        OSError: It cannot be written, or not be left to the user to whom it belongs.
+    """
     with locked(path.parent, required=True):
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            data = file.read()
+            data, status = file.read(), os.fstat(file.fileno())
         kept = {
             folder: word
             for folder, word in dict(parse_words(data)).items()
             if is_there(folder) or (word.held and is_alive(path.with_name(f"{word.held}.alive")))
         }
-        if len(data.splitlines()) == len(kept):
+        if sum(map(bool, data.splitlines())) == len(kept):
             return
         part = path.with_name(f".{JOURNAL_NAME}.{secrets.token_hex(4)}")
         try:
-            with part.open("w") as rewritten:
+            with part.open("x") as rewritten:
+                _hand_over(rewritten.fileno(), status)
                 rewritten.writelines(format_word(*said) for said in kept.items())
                 rewritten.flush()
                 os.fsync(rewritten.fileno())
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _hand_over(handle: int, old: os.stat_result) -> None:
+    """Give a file the owner and mode of the one it replaces: its worker must go on writing it."""
+    new = os.fstat(handle)
+    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+        os.fchown(handle, old.st_uid, old.st_gid)
+    os.fchmod(handle, stat.S_IMODE(old.st_mode))

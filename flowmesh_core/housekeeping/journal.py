@@ -95,10 +95,12 @@ class Journal:
         """
         part = self._mark.with_name(f".{self._mark.name}")
         try:
-            self._mark_lock = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-            with contextlib.suppress(OSError):  # nobody can tell there, so all count as living
-                fcntl.flock(self._mark_lock, fcntl.LOCK_EX)
-            part.rename(self._mark)  # so that it is never seen without its lock
+            # The lock first: nobody else makes it, under a user who would lock this one out.
+            with locked(self._mark.parent, create=True):
+                self._mark_lock = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+                with contextlib.suppress(OSError):  # nobody can tell there, so all count as living
+                    fcntl.flock(self._mark_lock, fcntl.LOCK_EX)
+                part.rename(self._mark)  # so that it is never seen without its lock
         except OSError as exc:
             raise ArtifactError(f"{self._mark.parent} cannot be written: {exc}") from exc
         self._thread.start()
@@ -223,14 +225,20 @@ def parse_words(data: bytes) -> Iterator[tuple[str, Word]]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, required: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, create: bool = False, required: bool = False) -> Iterator[None]:
     """Let nobody else write the journal in a worker's folder.
 
+    Args:
+        folder: The worker's.
+        create: Make the file to be locked: for the worker alone, to which it must belong.
+        required: It is an error if there are no locks.
+
     Raises:
-        OSError: The folder cannot be written; with ``required`` also if there are no locks.
+        OSError: The file to be locked is not there or cannot be written.
     """
     # A file of its own: the journal may be replaced by another one while somebody waits.
-    handle = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    handle = os.open(folder / _LOCK_NAME, flags, 0o644)
     try:
         with contextlib.nullcontext() if required else contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -243,7 +251,7 @@ def _append(path: Path, text: str) -> None:
     # A line that a crash cut short must not swallow the first of these.
     view = memoryview(f"\n{text}".encode())
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-    with locked(path.parent):
+    with locked(path.parent, create=True):
         handle = os.open(path, flags, 0o644)
         try:
             while view:

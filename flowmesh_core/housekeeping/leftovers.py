@@ -23,6 +23,7 @@ __all__ = [
     "State",
     "find_engines",
     "find_tasks",
+    "identify",
     "is_anything_left",
     "is_way_clear",
     "measure",
@@ -66,13 +67,16 @@ class Leftover:
     @property
     def is_of_its_task(self) -> bool:
         """Whether the folder, if it is there, has the manifest of the task of its name."""
-        if self.folder not in self.parts:
-            return True
+        return self.folder not in self.parts or _has_manifest(self.folder)
+
+    @property
+    def is_as_found(self) -> bool:
+        """Whether all its parts are there still, and no others under their names."""
         try:
-            manifest = json.loads((self.folder / MANIFEST_NAME).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            found = {path: path.lstat() for path in self.parts}
+        except FileNotFoundError:
             return False
-        return isinstance(manifest, dict) and manifest.get("task_id") == self.folder.name
+        return self.parts == identify(found)
 
 
 def find_tasks(
@@ -139,10 +143,15 @@ def _build(folder: Path, key: str, paths: Iterable[Path]) -> Leftover | None:
     return Leftover(
         folder=folder,
         key=key,
-        parts={path: (status.st_dev, status.st_ino) for path, status in found.items()},
+        parts=identify(found),
         # A rename is no change of a folder, but to be put back it must be left for a moment.
         changed_at=max(s.st_mtime if key else s.st_ctime for s in found.values()),
     )
+
+
+def identify(found: Mapping[Path, os.stat_result]) -> dict[Path, tuple[int, int]]:
+    """Return the device and inode of each."""
+    return {path: (status.st_dev, status.st_ino) for path, status in found.items()}
 
 
 def find_engines(worker: Path, *, before: float) -> Iterator[Leftover]:
@@ -154,12 +163,18 @@ def find_engines(worker: Path, *, before: float) -> Iterator[Leftover]:
 
 
 def measure(leftover: Leftover) -> Leftover:
-    """Return it with its size, and with the time at which anything in it changed."""
-    found = [status for path in leftover.parts for status in _list_all(path)]
+    """Return it with its size, and with the time at which anything in it changed.
+
+    It is held if another task's folder lies in it, whether or not a journal knows of that.
+    """
+    found = [each for path in leftover.parts for each in _list_all(path)]
+    inner = (path.parent for path, _ in found if path.name == MANIFEST_NAME)
+    holds = any(folder not in leftover.parts and _has_manifest(folder) for folder in inner)
     return attrs.evolve(
         leftover,
-        size_bytes=sum(status.st_size for status in found if stat.S_ISREG(status.st_mode)),
-        changed_at=max((status.st_mtime for status in found), default=leftover.changed_at),
+        size_bytes=sum(status.st_size for _, status in found if stat.S_ISREG(status.st_mode)),
+        changed_at=max((status.st_mtime for _, status in found), default=leftover.changed_at),
+        state=State.HELD if holds and leftover.key else leftover.state,
     )
 
 
@@ -178,19 +193,28 @@ def _list_folders(folder: Path) -> list[Path]:
         return []
 
 
-def _list_all(folder: Path) -> Iterator[os.stat_result]:
-    """Return the status of a folder and of all in it that is no link."""
+def _list_all(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Return a folder and all in it that is no link, each with its status."""
     waiting = [os.fspath(folder)]
     while waiting:
         path = waiting.pop()
         with contextlib.suppress(OSError):  # it went just now, or cannot be read
-            yield os.lstat(path)
+            yield Path(path), os.lstat(path)
             with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
                     elif not entry.is_symlink():
-                        yield entry.stat(follow_symlinks=False)
+                        yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether there is a manifest of the task of the folder's name."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("task_id") == folder.name
 
 
 def _is_task_id(name: str) -> bool:

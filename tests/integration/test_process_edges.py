@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import contextlib
 import gc
 import json
+import logging
 import subprocess
 import sys
 import threading

@@ -391,6 +391,61 @@ def test_what_is_taken_or_reported_again_after_the_plan_is_put_back(
     assert place.names() == {".t1.attempt-1", ".t1.attempt-2"}
 
 
+def test_a_clean_up_that_is_killed_leaves_what_was_written_anew(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place.write("t1", size_bytes=1)
+    place.report(folder)
+    place.ahead_s = 8 * DAY_S
+    housekeeping = place.housekeeping()
+    plan = housekeeping.plan()
+    place.write("t1", size_bytes=2)
+    # Killed before it can put anything back.
+    monkeypatch.setattr("flowmesh_core.housekeeping.cleaning._put_back", lambda _moved: None)
+    assert housekeeping.remove(plan) == Removed()
+    assert place.names() == {"t1"}
+
+
+def test_what_is_written_anew_just_before_the_rename_is_put_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place.write("t1", size_bytes=1)
+    place.report(folder)
+    place.ahead_s = 8 * DAY_S
+    housekeeping = place.housekeeping()
+    plan = housekeeping.plan()
+    rename = Path.rename
+
+    def write_first(path: Path, target: Path) -> Path:
+        if path == folder and ".removed-" in target.name:
+            monkeypatch.undo()
+            place.write("t1", size_bytes=2)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", write_first)
+    assert housekeeping.remove(plan) == Removed()
+    assert (folder / RESULT_NAME).stat().st_size == 2
+    assert place.names() == {"t1"}
+
+
+@pytest.mark.parametrize("name", [".t1.removed-0123abcd", "t1"])
+def test_another_folder_under_a_planned_name_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = place.write("t1")
+    place.report(folder)
+    folder.rename(place.root / name)
+    place.ahead_s = 8 * DAY_S
+    housekeeping = place.housekeeping()
+    plan = housekeeping.plan()
+    assert len(plan.going) == 1
+    (place.root / name).rename(place.root / "aside")
+    (place.root / name).mkdir()
+    monkeypatch.setattr("flowmesh_core.housekeeping.cleaning._put_back", lambda _moved: None)
+    assert housekeeping.remove(plan) == Removed()
+    assert place.names() == {"aside", name}
+
+
 def test_what_changed_after_its_report_stays(place: Place) -> None:
     folder = place.write("t1")
     place.report(folder)
@@ -533,6 +588,39 @@ def test_a_task_folder_with_another_ones_in_it_stays(place: Place) -> None:
     assert inner.exists()
 
 
+def test_a_folder_in_which_another_task_begins_after_the_plan_stays(place: Place) -> None:
+    outer = place.write("t1")
+    place.report(outer)
+    place.ahead_s = 8 * DAY_S
+    housekeeping = place.housekeeping()
+    plan = housekeeping.plan()
+    assert [leftover.folder for leftover in plan.going] == [outer]
+    place.hold(place.begin("t2", "t1/deep").final)
+    assert housekeeping.remove(plan) == Removed()
+    assert (outer / "deep" / ".t2.attempt-1").exists()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [WEEK, Limits(max_bytes=0), Limits(older_than_s=0, unreported=True)],
+    ids=["age", "size", "unreported"],
+)
+def test_a_folder_with_anothers_manifest_in_it_stays_though_no_journal_knows(
+    place: Place, limits: Limits
+) -> None:
+    outer = place.write("t1")
+    inner = place.write("t2", "t1/deep")
+    copy = place.write("t3") / "artifacts" / "model"  # a manifest, but of no task of that name
+    shutil.copytree(inner, copy)
+    if not limits.unreported:
+        place.report(outer, place.root / "t3")
+    place.ahead_s = 8 * DAY_S
+    plan = place.housekeeping(limits).plan()
+    assert [(each.folder, each.state) for each in plan.staying] == [(outer, State.HELD)]
+    assert place.clean(limits) == {"t3"}
+    assert (inner / RESULT_NAME).exists()
+
+
 def test_what_is_no_tasks_is_left_alone(place: Place) -> None:
     (place.root / "notes").mkdir()
     (place.root / "notes" / "a.txt").write_text("mine")
@@ -626,6 +714,17 @@ def test_a_worker_whose_folder_cannot_be_written_does_not_start(tmp_path: Path) 
         journal.open()
 
 
+def test_a_worker_that_cannot_open_its_lock_does_not_start_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "reported.lock").mkdir()
+    journal = Journal(tmp_path, tmp_path)
+    with pytest.raises(ArtifactError, match=r"cannot be written: .*reported\.lock"):
+        journal.open()
+    journal.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["reported.lock"]
+
+
 def test_compaction_keeps_what_still_counts(place: Place) -> None:
     there, gone, held = (place.root / name for name in ("there", "gone", "held"))
     place.write("there")
@@ -637,6 +736,76 @@ def test_compaction_keeps_what_still_counts(place: Place) -> None:
     assert [line["folder"] for line in place.lines()] == ["there", "held"]
     place.report(gone)
     assert place.lines()[-1]["folder"] == "gone"
+
+
+def test_a_journal_keeps_its_owner_and_mode_when_somebody_else_cleans_up(place: Place) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    worker = place.root / ".workers" / "w1"
+    place.report(place.write("t1"), place.root / "gone")
+    for path in (worker, *worker.iterdir()):
+        os.chown(path, 12345, 12346)
+    journal = worker / "reported.jsonl"
+    journal.chmod(0o640)
+    inode = journal.stat().st_ino
+    done = gc("--older-than", "7d", "--results-dir", str(place.root))
+    assert done.returncode == 0, done.stderr
+    assert [line["folder"] for line in place.lines()] == ["t1"]
+    assert journal.stat().st_ino != inode
+    assert journal.stat().st_mode & 0o777 == 0o640
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in worker.iterdir()} == {
+        (12345, 12346)
+    }
+
+
+def test_a_journal_whose_owner_cannot_be_kept_stays_as_it_is(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    place.report(place.write("t1"), place.root / "gone")
+    journal = place.root / ".workers" / "w1" / "reported.jsonl"
+    os.chown(journal, 12345, 12346)
+
+    def refuse(*_args: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.fchown", refuse)
+    assert place.clean() == set()
+    assert journal.stat().st_uid == 12345
+    assert [line["folder"] for line in place.lines()] == ["t1", "gone"]
+    assert "the journal in" in caplog.text
+    assert not [*journal.parent.glob(".reported*")]
+
+
+def test_a_clean_up_makes_no_lock_that_a_worker_could_not_open(place: Place) -> None:
+    assert (place.root / ".workers" / "w1" / "reported.lock").exists()  # from the worker's start
+    second = place.root / ".workers" / "w2"
+    second.mkdir()
+    (second / "reported.jsonl").write_text('{"folder": "gone", "at": 1}\n')
+    assert place.clean() == set()
+    assert [path.name for path in second.iterdir()] == ["reported.jsonl"]
+
+
+def test_a_journal_of_which_nothing_is_gone_is_not_rewritten(place: Place) -> None:
+    for name in ("t1", "t2", "t3"):
+        place.report(place.write(name))
+    journal = place.root / ".workers" / "w1" / "reported.jsonl"
+    before = journal.stat()
+    assert place.clean() == set()
+    after = journal.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_no_word_is_missed_when_a_journal_was_rewritten_in_its_place(place: Place) -> None:
+    """Two compactions can give the inode back that a reader knows, and appends its size."""
+    journal = place.root / ".workers" / "w1" / "reported.jsonl"
+    journal.write_text('{"folder": "a", "at": 1}\n')
+    history = History(place.root)
+    history.refresh()
+    journal.write_text('{"folder": "b", "at": 1}\n{"folder": "c", "at": 1}\n')
+    history.refresh()
+    assert history.folders == {"b", "c"}
 
 
 def test_nothing_is_lost_when_two_append_while_another_compacts(place: Place) -> None:
@@ -899,6 +1068,17 @@ def test_the_command_refuses_what_it_cannot_read(arguments: tuple[str, ...], say
     assert done.returncode == 2
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_says_what_it_cannot_lock_and_removes_nothing(place: Place) -> None:
+    place.report(place.write("t1"))
+    (place.root / ".workers" / "w1" / "reported.lock").unlink()
+    done = gc("--older-than", "0s", "--results-dir", str(place.root))
+    assert done.returncode == 1
+    assert f"{place.root} cannot be cleaned up: " in " ".join(done.stderr.split())
+    assert "reported.lock" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert place.names() == {"t1"}
 
 
 def test_what_cannot_be_deleted_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
