@@ -44,13 +44,13 @@ class Site:
             def do_GET(self) -> None:
                 asked = self.headers.get("If-None-Match") or self.headers.get("If-Modified-Since")
                 same = asked is not None and asked in site.mark.values()
+                site.sent.append(304 if same else 200)
                 self.send_response(304 if same else 200)
                 for name, value in site.mark.items():
                     self.send_header(name, value)
                 if not same:
                     self.send_header("Content-Length", str(len(site.content)))
                 self.end_headers()
-                site.sent.append(304 if same else 200)
                 if not same:
                     self.wfile.write(site.content[: 1000 if site.cut else None])
                     site.cut = False
