@@ -250,7 +250,12 @@ def test_no_outcome_is_lost_when_a_clean_up_runs_all_the_time(fleet: Fleet) -> N
     finally:
         stop.set()
         cleaning.join()
-    wait_for(lambda: gone.extend(fleet.clean()) or not fleet.names())
+
+    def is_clean() -> bool:
+        gone.extend(fleet.clean())
+        return not fleet.names()
+
+    wait_for(is_clean)
     assert fleet.names() == set()
     assert {f"t{number}" for number in range(40)} <= set(gone)
 

@@ -592,7 +592,8 @@ async def test_signals_are_as_a_program_expects_them(bench: Bench) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         signal.signal(signal.SIGUSR1, before)
     fields = dict(line.split(":\t") for line in (await child.rest()).decode().splitlines())
-    assert {fields[name] for name in ("SigBlk", "SigIgn", "SigCgt")} == {"0" * 16}
+    own = 0b11 << 31  # signals 32 and 33 belong to the C library
+    assert not any(int(fields[name], 16) & ~own for name in ("SigBlk", "SigIgn", "SigCgt"))
 
 
 @on_bench

@@ -48,7 +48,7 @@ def tokenizer(tiny: Path) -> Any:
         ({"question": "a", "answer": "b"}, {"separator": ""}, {"text": "ab"}),
         (
             {"q": "a", "r": "b", "text": "c"},
-            {"prompt_column": "q", "response_column": "r", "separator": " "},
+            {"prompt_field": "q", "response_field": "r", "separator": " "},
             {"text": "a b"},
         ),
         ({"prompt": "a", "response": "b"}, {"prompt_field": "prompt"}, {"text": "a"}),
@@ -116,7 +116,7 @@ def test_what_the_first_row_lacks_is_not_dropped_from_later_ones(build: Build) -
         ),
         (
             {"q": "a", "good": "b", "bad": "c"},
-            {"prompt_field": "q", "chosen_column": "good", "rejected_field": "bad"},
+            {"prompt_field": "q", "chosen_field": "good", "rejected_field": "bad"},
             {"prompt": "a", "chosen": "b", "rejected": "c"},
         ),
         ({"chosen": "ab", "rejected": "ac"}, {}, {"chosen": "ab", "rejected": "ac"}),
@@ -199,7 +199,7 @@ def test_queries_keep_every_other_column_as_it_was(build: Build) -> None:
 
 def test_queries_may_be_chats_that_wait_for_an_answer(build: Build) -> None:
     assert build("grpo", {"messages": [ASK], "n": 1}) == [{"prompt": [ASK], "n": 1}]
-    named = build("grpo", {"q": [ASK], "messages": [SAY]}, data={"query_field": "q"})
+    named = build("grpo", {"q": [ASK], "messages": [SAY]}, data={"prompt_field": "q"})
     assert named == [{"prompt": [ASK], "messages": [SAY]}]
     with pytest.raises(InputError, match=r"must end with a message of user or tool.*'assistant'"):
         build("grpo", {"messages": [ASK, SAY]})
@@ -208,7 +208,7 @@ def test_queries_may_be_chats_that_wait_for_an_answer(build: Build) -> None:
 @pytest.mark.parametrize("name", ["completions", "trainer_state", "prompt"])
 def test_columns_that_trl_calls_otherwise_are_refused(build: Build, name: str) -> None:
     with pytest.raises(InputError, match=f"no column may be called '{name}'"):
-        build("grpo", {"q": "a", name: "b"}, data={"query_field": "q"})
+        build("grpo", {"q": "a", name: "b"}, data={"prompt_field": "q"})
 
 
 def test_ppo_gets_tokens_beside_prompt_and_columns(build: Build, tokenizer: Any) -> None:

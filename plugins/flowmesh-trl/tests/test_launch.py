@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from flowmesh_trl.job import Link, TrainingJob
-from flowmesh_trl.launch import check_launch, launch, plan_processes
-from flowmesh_trl.resume import find_checkpoint, mark
+from flowmesh_trl.launch import check_launch, launch
+from flowmesh_trl.plan import Plan, auto_deepspeed, plan_processes
+from flowmesh_trl.resume import latest_whole
 
 from flowmesh_core import (
     CancelledError,
@@ -78,10 +80,9 @@ def read_pids(folder: Path) -> list[list[int]]:
         ({}, ("2", "3"), 2, ("2", "3"), False),
         ({"allow_multi_gpu": False}, ("2", "3"), 1, ("2",), False),
         ({"allow_multi_gpu": False, "primary_gpu": 1}, ("2", "3"), 1, ("3",), False),
-        ({"visible_devices": "3"}, ("2", "3"), 1, ("3",), False),
-        ({"visible_devices": 3}, ("2", "3"), 1, ("3",), False),
-        ({"visible_devices": [3, "2"]}, ("2", "3", "4"), 2, ("3", "2"), False),
-        ({"visible_devices": "2, 4", "primary_gpu": 1}, ("2", "3", "4"), 2, ("4", "2"), False),
+        ({"visible_devices": ["3"]}, ("2", "3"), 1, ("3",), False),
+        ({"visible_devices": ["3", "2"]}, ("2", "3", "4"), 2, ("3", "2"), False),
+        ({"visible_devices": ["2", "4"], "primary_gpu": 1}, ("2", "3", "4"), 2, ("4", "2"), False),
         ({"nproc_per_node": 2}, ("2", "3", "4"), 2, ("2", "3"), False),
         ({"nproc_per_node": 1}, ("2", "3"), 1, ("2",), False),
         ({"nproc_per_node": 2}, (), 2, (), False),
@@ -109,16 +110,15 @@ def test_plan_on_cpu_leaves_gpus_alone() -> None:
     ("training", "devices", "message"),
     [
         (
-            {"visible_devices": "0,1"},
+            {"visible_devices": ["0", "1"]},
             ("2", "3"),
-            r"visible_devices must be among the task's own GPUs \(2, 3\), got '0,1'",
+            r"visible_devices must be among the task's own GPUs \(2, 3\), got \['0', '1'\]",
         ),
-        ({"visible_devices": "0"}, (), r"own GPUs \(it has none\), got '0'"),
+        ({"visible_devices": ["0"]}, (), r"own GPUs \(it has none\), got \['0'\]"),
         ({"visible_devices": []}, ("0",), r"visible_devices must be .* got \[\]"),
         ({"nproc_per_node": 3}, ("0", "1"), r"nproc_per_node is 3, but the task may use 2 GPU"),
-        ({"visible_devices": "1", "nproc_per_node": 2}, ("0", "1"), r"is 2, .* may use 1 GPU"),
+        ({"visible_devices": ["1"], "nproc_per_node": 2}, ("0", "1"), r"is 2, .* may use 1 GPU"),
         ({"primary_gpu": 2}, ("0", "1"), r"primary_gpu must be a position among 2 GPU.*got 2"),
-        ({"nproc_per_node": 2, "allow_multi_gpu": False}, (), r"2, but allow_multi_gpu is false"),
     ],
 )
 def test_plan_refuses_what_the_task_has_not(
@@ -126,6 +126,54 @@ def test_plan_refuses_what_the_task_has_not(
 ) -> None:
     with pytest.raises(ContractError, match=message):
         plan_processes(training, devices)
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package seem installed."""
+    found = SimpleNamespace(find_spec=lambda name: name == "deepspeed" or None)
+    monkeypatch.setattr("flowmesh_trl.plan.importlib", SimpleNamespace(util=found))
+
+
+TWO = Plan(processes=2, devices=("0", "1"), in_process=False)
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_several_gpus_share_the_work_through_deepspeed(stage: int) -> None:
+    config = auto_deepspeed("sft", {"auto_deepspeed_stage": stage}, TWO)
+    assert config is not None
+    assert config["zero_optimization"]["stage"] == stage
+    gathered = config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", False)
+    assert gathered is (stage == 3)
+    filled = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert {config[name] for name in filled} == {"auto"}
+    assert config["bf16"] == config["fp16"] == {"enabled": "auto"}
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize(
+    ("task_type", "training", "plan"),
+    [
+        ("ppo", {}, TWO),
+        ("sft", {"auto_deepspeed": False}, TWO),
+        ("sft", {"deepspeed": {"zero_optimization": {}}}, TWO),
+        ("sft", {"fsdp": "full_shard"}, TWO),
+        ("sft", {"fsdp_config": {"x": 1}}, TWO),
+        ("sft", {"accelerate_config": "/etc/a.yaml"}, TWO),
+        ("sft", {}, Plan(processes=2, devices=(), in_process=False)),
+        ("sft", {}, Plan(processes=1, devices=("0",), in_process=True)),
+    ],
+)
+def test_deepspeed_is_not_put_where_it_does_not_belong(
+    task_type: str, training: dict[str, Any], plan: Plan
+) -> None:
+    assert auto_deepspeed(task_type, training, plan) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is installed")
+def test_without_deepspeed_several_gpus_train_as_pytorch_has_it() -> None:
+    assert auto_deepspeed("sft", {}, TWO) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is installed")
@@ -171,6 +219,24 @@ def test_ranks_reduce_and_rank_0_reports(
     assert not (tmp_path / ".launch").exists()
 
 
+def test_ranks_get_no_secret_that_they_do_not_need(train: Callable[..., dict[str, Any]]) -> None:
+    jsonl = {"url": "http://host/rows", "headers": {"Authorization": "s3cret"}}
+    spec = {
+        "data": {
+            "jsonl": {**jsonl, "download_headers": {"a": "s3cret"}},
+            "examples": [{"headers": 1}],
+        },
+        "output": {"destination": {"headers": {"Authorization": "s3cret"}}},
+        "checkpoint": {"load": {"type": "http", "headers": {"Authorization": "s3cret"}}},
+        "training": {"seed": 1},
+    }
+    told = train("tell_job", spec=spec, processes=1)
+    assert "s3cret" not in told["text"]
+    assert told["mode"] == 0o600
+    kept = {"jsonl": {"url": "http://host/rows"}, "examples": [{"headers": 1}]}
+    assert json.loads(told["text"])["spec"] == {"data": kept, "training": {"seed": 1}}
+
+
 def test_error_of_the_rank_that_failed_first_is_rebuilt(
     train: Callable[..., dict[str, Any]],
 ) -> None:
@@ -213,9 +279,11 @@ def test_unknown_target_is_an_error_of_the_rank(train: Callable[..., dict[str, A
         train("no_such_function", processes=1)
 
 
-def test_cancelled_ranks_all_finish_saving(
-    train: Callable[..., dict[str, Any]], tmp_path: Path
+def test_cancelled_ranks_may_save_as_long_as_they_need(
+    train: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quick = SimpleNamespace(monotonic=lambda: time.monotonic() * 1000)  # a second is a quarter hour
+    monkeypatch.setattr("flowmesh_trl.launch.time", quick)
     seen: list[dict[str, Any]] = []
     link = Link(report=lambda **values: seen.append(values), must_stop=lambda: bool(seen))
     with pytest.raises(CancelledError, match=r"^stopped at step 1$"):
@@ -316,10 +384,7 @@ def test_tiny_model_trains_in_two_processes(
     metrics = json.loads((job.folder / "training_metrics.json").read_text())
     assert '"processes": 2' in json.dumps(metrics)
     assert (job.folder / "final_model" / "model.safetensors").is_file()
-    mark(job.folder, "a")
-    assert find_checkpoint(job.folder, "a") is None  # it reached its end
-    (job.folder / "training_metrics.json").unlink()
-    found = find_checkpoint(job.folder, "a")
+    found = latest_whole(job.folder / "checkpoints")
     assert found is not None
     assert {path.name for path in found.glob("rng_state*")} == {
         "rng_state_0.pth",

@@ -283,6 +283,27 @@ def test_answers_are_sampled_as_the_document_says(make_job: Jobs) -> None:
     assert (found.response_length, found.temperature) == (7, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("task_type", "training", "evaluated"),
+    [
+        ("sft", {"batch_size": 4}, 2),
+        ("sft", {"batch_size": 4, "per_device_eval_batch_size": 16}, 8),
+        ("kto", {"batch_size": 4, "per_device_eval_batch_size": 2}, 2),
+        ("grpo", {"batch_size": 12, "num_generations": 4}, 4),  # whole groups of answers
+        ("grpo", {"batch_size": 12, "num_generations": 4, "num_generations_eval": 2}, 6),
+        ("grpo", {"batch_size": 2, "num_generations": 2, "num_generations_eval": 4}, 2),
+    ],
+)
+def test_evaluation_shrinks_with_the_micro_batch(
+    task_type: str, training: dict[str, Any], evaluated: int, make_job: Jobs
+) -> None:
+    reward = {"reward": ["json_valid"]} if task_type == "grpo" else {}
+    job = make_job(
+        task_type, [{"prompt": "a"}], training=training, job={"batch_scale": 0.5}, **reward
+    )
+    assert configure(job).per_device_eval_batch_size == evaluated
+
+
 def test_half_precision_without_a_gpu_is_refused(make_job: Jobs) -> None:
     job = make_job("sft", ["a"], training={"fp16": True})
     with pytest.raises(ExecutorUnavailableError, match=r"training\.fp16 needs a GPU"):

@@ -120,6 +120,16 @@ def test_a_killed_training_goes_on_from_its_checkpoint(tiny: Path, tmp_path: Pat
     again.join()
 
 
+def test_a_training_whose_delivery_failed_is_not_made_again(tiny: Path, tmp_path: Path) -> None:
+    spec = spec_of(tiny, data={"examples": ROWS[:8]})
+    assert run_task("trl.sft", spec, folder=tmp_path).error is None
+    run = run_task("trl.sft", spec, folder=tmp_path)
+    assert run.error is None
+    assert run.result["resume_from_path"].endswith("checkpoint-4")
+    assert run.result["steps"] == 4
+    assert (run.folder / "final_model" / "model.safetensors").exists()
+
+
 def test_a_cancelled_training_saves_a_checkpoint_and_ends(tiny: Path, tmp_path: Path) -> None:
     training = {**LONG, "save_steps": 1000}
     run = run_task("trl.sft", spec_of(tiny, training=training, timeoutSec=15), folder=tmp_path)

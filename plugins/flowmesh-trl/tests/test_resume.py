@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowmesh_trl.resume import adopt, find_checkpoint, fingerprint, mark
+from flowmesh_trl.resume import (
+    adopt,
+    discard_checkpoints,
+    find_checkpoint,
+    fingerprint,
+    latest_whole,
+    mark,
+    read_batch,
+)
 
 SPEC: dict[str, Any] = {
     "taskType": "sft",
@@ -55,8 +63,8 @@ def write_checkpoint(attempt: Path, step: int, **state: Any) -> Path:
 @pytest.fixture
 def attempt(tmp_path: Path) -> Path:
     """An attempt with whole checkpoints at steps 8 and 10."""
-    folder = tmp_path / "first"
-    mark(folder, PRINT)
+    folder = tmp_path / ".t.attempt-1"
+    mark(folder, PRINT, batch=4)
     write_checkpoint(folder, 8)
     write_checkpoint(folder, 10)
     return folder
@@ -68,14 +76,15 @@ def cut(path: Path) -> None:
 
 def test_latest_whole_checkpoint_is_found_by_its_number(attempt: Path) -> None:
     (attempt / "checkpoints" / "checkpoint-best").mkdir()
-    assert find_checkpoint(attempt, PRINT) == attempt / "checkpoints" / "checkpoint-10"
+    assert find_checkpoint([attempt], PRINT) == attempt / "checkpoints" / "checkpoint-10"
 
 
 def test_nothing_is_found_where_nothing_was_left(tmp_path: Path) -> None:
-    assert find_checkpoint(None, PRINT) is None
-    assert find_checkpoint(tmp_path, PRINT) is None
-    mark(tmp_path, PRINT)
-    assert find_checkpoint(tmp_path, PRINT) is None
+    assert find_checkpoint([], PRINT) is None
+    folder = tmp_path / ".t.attempt-1"
+    assert find_checkpoint([folder], PRINT) is None
+    mark(folder, PRINT, batch=4)
+    assert find_checkpoint([folder], PRINT) is None
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_checkpoint_with_a_file_cut_off_is_passed_over_for_the_one_before(
     attempt: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cut(attempt / "checkpoints" / "checkpoint-10" / name)
-    assert find_checkpoint(attempt, PRINT) == attempt / "checkpoints" / "checkpoint-8"
+    assert find_checkpoint([attempt], PRINT) == attempt / "checkpoints" / "checkpoint-8"
     assert f"checkpoint-10 is not whole, passed over: {name}" in caplog.text
 
 
@@ -107,14 +116,14 @@ def test_checkpoint_without_a_part_is_passed_over(
     attempt: Path, name: str, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (attempt / "checkpoints" / "checkpoint-10" / name).unlink()
-    assert find_checkpoint(attempt, PRINT) == attempt / "checkpoints" / "checkpoint-8"
+    assert find_checkpoint([attempt], PRINT) == attempt / "checkpoints" / "checkpoint-8"
     assert f"no {what}" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x10" + bytes(7) + b"{" * 16])
 def test_weights_without_a_header_are_not_whole(attempt: Path, content: bytes) -> None:
     (attempt / "checkpoints" / "checkpoint-10" / "model.safetensors").write_bytes(content)
-    assert find_checkpoint(attempt, PRINT) == attempt / "checkpoints" / "checkpoint-8"
+    assert find_checkpoint([attempt], PRINT) == attempt / "checkpoints" / "checkpoint-8"
 
 
 def test_every_shard_of_the_index_must_be_there(
@@ -127,9 +136,9 @@ def test_every_shard_of_the_index_must_be_there(
         write_safetensors(folder / shard)
     index = {"weight_map": dict(zip(("a", "b"), shards, strict=True))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert find_checkpoint(attempt, PRINT) == folder
+    assert find_checkpoint([attempt], PRINT) == folder
     (folder / shards[1]).unlink()
-    assert find_checkpoint(attempt, PRINT) == attempt / "checkpoints" / "checkpoint-8"
+    assert find_checkpoint([attempt], PRINT) == attempt / "checkpoints" / "checkpoint-8"
     assert f"no {shards[1]}" in caplog.text
 
 
@@ -138,35 +147,67 @@ def test_adapters_and_several_ranks_are_whole_too(attempt: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
     write_zip(folder / "rng_state_1.pth")
-    assert find_checkpoint(attempt, PRINT) == folder
+    assert find_checkpoint([attempt], PRINT) == folder
     cut(folder / "rng_state_1.pth")
-    assert find_checkpoint(attempt, PRINT) != folder
+    assert find_checkpoint([attempt], PRINT) != folder
 
 
 def test_other_training_is_not_gone_on_with(
     attempt: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = fingerprint(SPEC | {"training": {"learning_rate": 2e-3}})
-    assert find_checkpoint(attempt, other) is None
+    assert find_checkpoint([attempt], other) is None
     assert "is of another model, data or training" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": 1}'])
 def test_unreadable_mark_is_no_match(attempt: Path, content: str) -> None:
     (attempt / "checkpoints" / "flowmesh.json").write_text(content)
-    assert find_checkpoint(attempt, PRINT) is None
+    assert find_checkpoint([attempt], PRINT) is None
 
 
-@pytest.mark.parametrize("final", ["final_model", "final_lora"])
-def test_attempt_that_reached_its_end_is_not_gone_on_with(
-    attempt: Path, final: str, caplog: pytest.LogCaptureFixture
+def test_run_that_was_committed_is_not_gone_on_with(
+    attempt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    (attempt / final).mkdir()
-    assert find_checkpoint(attempt, PRINT) is not None  # cut off while it saved the model
+    (attempt / "final_model").mkdir()
     (attempt / "training_metrics.json").write_text("{}")
-    assert find_checkpoint(attempt, PRINT) is None
+    assert find_checkpoint([attempt], PRINT) is not None  # its delivery failed
+    final = attempt.rename(tmp_path / "t")
+    assert find_checkpoint([final], PRINT) is None
     assert "reached its end" in caplog.text
+
+
+def test_attempts_are_looked_through_for_the_first_with_a_whole_checkpoint(
+    attempt: Path, tmp_path: Path
+) -> None:
+    mark(tmp_path / ".t.attempt-3", PRINT, batch=4)
+    write_checkpoint(tmp_path / ".t.attempt-2", 9)  # of nobody knows what
+    folders = [tmp_path / f".t.attempt-{number}" for number in (4, 3, 2, 1)]
+    assert find_checkpoint(folders, PRINT) == attempt / "checkpoints" / "checkpoint-10"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"batch": "4"}'])
+def test_batch_that_nobody_said_is_none(attempt: Path, content: str) -> None:
+    checkpoint = attempt / "checkpoints" / "checkpoint-8"
+    assert read_batch(checkpoint) == 4
+    (attempt / "checkpoints" / "flowmesh.json").write_text(content)
+    assert read_batch(checkpoint) == 0
+
+
+def test_stale_checkpoints_do_not_outlive_the_choice_of_another(
+    attempt: Path, tmp_path: Path
+) -> None:
+    cut(attempt / "checkpoints" / "checkpoint-10" / "optimizer.pt")
+    whole = attempt / "checkpoints" / "checkpoint-8"
+    assert adopt(whole, attempt) == whole
+    assert {path.name for path in whole.parent.iterdir()} == {"checkpoint-8", "flowmesh.json"}
+    second = tmp_path / ".t.attempt-2"
+    cut(write_checkpoint(second, 8) / "model.safetensors")
+    write_checkpoint(second, 12)
+    assert adopt(whole, second) == latest_whole(second / "checkpoints")
+    discard_checkpoints(second)
+    assert latest_whole(second / "checkpoints") is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +241,7 @@ def test_rows_that_differ_in_a_column_named_headers_are_other_data() -> None:
 def test_adopted_checkpoint_takes_no_space_and_outlives_its_attempt(
     attempt: Path, tmp_path: Path
 ) -> None:
-    second, third = tmp_path / "second", tmp_path / "third"
+    second, third = tmp_path / ".t.attempt-2", tmp_path / ".t.attempt-3"
     source = attempt / "checkpoints" / "checkpoint-10"
     adopted = adopt(source, second)
     assert adopted == second / "checkpoints" / "checkpoint-10"
@@ -208,11 +249,11 @@ def test_adopted_checkpoint_takes_no_space_and_outlives_its_attempt(
     assert {path.name for path in adopted.iterdir()} == {path.name for path in source.iterdir()}
     assert {path.name for path in adopted.parent.iterdir()} == {"checkpoint-10", "flowmesh.json"}
     shutil.rmtree(attempt)
-    assert find_checkpoint(second, PRINT) == adopted
-    assert find_checkpoint(third.parent / "second", PRINT) == adopt(adopted, second)
-    assert find_checkpoint(third, PRINT) is None
+    assert find_checkpoint([second], PRINT) == adopted
+    assert find_checkpoint([third.parent / second.name], PRINT) == adopt(adopted, second)
+    assert find_checkpoint([third], PRINT) is None
     adopt(adopted, third)
-    assert find_checkpoint(third, PRINT) == third / "checkpoints" / "checkpoint-10"
+    assert find_checkpoint([third], PRINT) == third / "checkpoints" / "checkpoint-10"
 
 
 def test_new_state_of_the_adopted_checkpoint_leaves_the_old_one_alone(
@@ -221,7 +262,7 @@ def test_new_state_of_the_adopted_checkpoint_leaves_the_old_one_alone(
     checkpoints = attempt / "checkpoints"
     best = checkpoints / "checkpoint-8"
     source = write_checkpoint(attempt, 12, best_model_checkpoint=str(best))
-    adopted = adopt(source, tmp_path / "second")
+    adopted = adopt(source, tmp_path / ".t.attempt-2")
     state = json.loads((adopted / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(adopted.parent / "checkpoint-8")
     assert (adopted.parent / "checkpoint-8" / "model.safetensors").is_file()
@@ -231,11 +272,11 @@ def test_new_state_of_the_adopted_checkpoint_leaves_the_old_one_alone(
 
 
 def test_adopting_goes_on_after_it_was_cut_off(attempt: Path, tmp_path: Path) -> None:
-    half = tmp_path / "second" / "checkpoints" / ".checkpoint-10.adopted"
+    half = tmp_path / ".t.attempt-2" / "checkpoints" / ".checkpoint-10.adopted"
     half.mkdir(parents=True)
     (half / "model.safetensors").touch()
-    adopted = adopt(attempt / "checkpoints" / "checkpoint-10", tmp_path / "second")
-    assert find_checkpoint(tmp_path / "second", PRINT) == adopted
+    adopted = adopt(attempt / "checkpoints" / "checkpoint-10", tmp_path / ".t.attempt-2")
+    assert find_checkpoint([tmp_path / ".t.attempt-2"], PRINT) == adopted
     assert not half.exists()
 
 
@@ -247,8 +288,8 @@ def test_file_system_without_links_gets_copies(
 
     monkeypatch.setattr(os, "link", refuse)
     source = attempt / "checkpoints" / "checkpoint-10"
-    adopted = adopt(source, tmp_path / "second")
-    assert find_checkpoint(tmp_path / "second", PRINT) == adopted
+    adopted = adopt(source, tmp_path / ".t.attempt-2")
+    assert find_checkpoint([tmp_path / ".t.attempt-2"], PRINT) == adopted
     assert not (adopted / "model.safetensors").samefile(source / "model.safetensors")
 
 
@@ -305,16 +346,16 @@ def trainer() -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_trainer_that_was_killed_while_saving_goes_on_from_the_save_before(
     trainer: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    mark(first, PRINT)
+    first, second = tmp_path / ".t.attempt-1", tmp_path / ".t.attempt-2"
+    mark(first, PRINT, batch=4)
     assert trainer(str(first), "optimizer.pt", "3").returncode == -9
-    found = find_checkpoint(first, PRINT)
+    found = find_checkpoint([first], PRINT)
     assert found == first / "checkpoints" / "checkpoint-2"
     assert (first / "checkpoints" / "checkpoint-3").is_dir()
     adopted = adopt(found, second)
     inodes = {path.name: path.stat().st_ino for path in found.iterdir()}
     ended = trainer(str(second), "none", "0", str(adopted))
     assert "reached 3" in ended.stdout, ended.stderr
-    assert find_checkpoint(second, PRINT) == second / "checkpoints" / "checkpoint-3"
+    assert find_checkpoint([second], PRINT) == second / "checkpoints" / "checkpoint-3"
     assert {path.name: path.stat().st_ino for path in found.iterdir()} == inodes
-    assert find_checkpoint(first, PRINT) == found
+    assert find_checkpoint([first], PRINT) == found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,8 @@ def options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "steps_per_generation": int,
         "lr_scheduler_kwargs": dict[str, Any] | str | None,
         "optim": Any,
+        "max_grad_norm": float,
+        "activation_checkpointing": bool,
     }
     monkeypatch.setattr(training_block, "config_options", lambda _task_type: known)
     return known
@@ -216,6 +219,13 @@ def test_training_that_cannot_be_is_refused_by_name(training: dict[str, Any], me
         ("ppo", {"max_steps": 3}, "max_steps does not bound PPO; use steps"),
         ("ppo", {"early_stopping": True}, "early_stopping: TRL's PPO cannot"),
         ("ppo", {"target_kl": 0.1}, "target_kl: TRL's PPO does not know it"),
+        ("ppo", {"bf16": True}, "bf16: TRL's PPO"),
+        ("ppo", {"fp16": True}, "fp16: TRL's PPO"),
+        ("ppo", {"gradient_checkpointing": True}, "gradient_checkpointing: TRL's PPO"),
+        ("ppo", {"activation_checkpointing": True}, "activation_checkpointing: TRL's PPO"),
+        ("ppo", {"max_grad_norm": 1.0}, "max_grad_norm: TRL's PPO"),
+        ("ppo", {"save_strategy": "epoch"}, "save_strategy 'epoch': TRL's PPO"),
+        ("ppo", {"save_strategy": "best"}, "save_strategy 'best': TRL's PPO"),
     ],
 )
 def test_what_only_one_trainer_cannot_do_is_refused(
@@ -235,6 +245,7 @@ def test_what_only_one_trainer_cannot_do_is_refused(
         ("ppo", {"mini_batch_size": 2, "num_mini_batches": 4, "batch_size": 8}),
         ("sft", {"log_with": ["wandb", "trackio"], "project": "x"}),
         ("sft", {"batch_size": 4, "per_device_train_batch_size": 4}),
+        ("ppo", {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}),
         ("sft", {"save_total_limit": None, "visible_devices": 0, "nproc_per_node": 1}),
     ],
 )
@@ -324,6 +335,16 @@ def test_placeholders_are_left_to_the_run_and_excuse_no_typo() -> None:
                 "training": {"eval_strategy": "epoch"},
             },
             "eval_strategy 'epoch': TRL's PPO does not evaluate",
+        ),
+        (
+            "ppo",
+            {"data": {"prompts": ["a"], "eval_fraction": 0.5}},
+            "data.eval_fraction: TRL's PPO does not evaluate",
+        ),
+        (
+            "ppo",
+            {"data": {"prompts": ["a"], "eval": {"prompts": ["b"]}}},
+            "data.eval: TRL's PPO does not evaluate",
         ),
     ],
 )
@@ -485,6 +506,13 @@ def test_a_reward_keeps_its_weight_and_options() -> None:
         ([{"name": "regex", "options": {"patern": "x"}}], "unknown key 'patern', did you mean"),
         ([{"name": "acme", "wieght": 2}], "unknown key 'wieght', did you mean 'weight'"),
         ([{"weight": 2}], r"reward\[0\]\.name is required"),
+        ({"name": "length", "options": {"target": 5, "max": 3}}, "either target is required, or"),
+        (
+            {"name": "regex", "options": {"pattern": "("}},
+            r"pattern must be a regular expression, got '\('",
+        ),
+        ({"name": "contains", "options": {"texts": ["a"], "x": 1}}, "unknown key 'x'"),
+        ({"name": "repetition", "weight": math.nan}, r"reward\[0\]\.weight must be .*finite"),
         (3, r"reward\[0\] must be an object"),
     ],
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ pytest.importorskip("trl")
 
 import attrs
 import torch
+from flowmesh_trl import training
 from flowmesh_trl.job import Link, TrainingJob
 from flowmesh_trl.training import train
 from peft import PeftModel
@@ -25,7 +30,14 @@ from transformers import (
     AutoTokenizer,
 )
 
-from flowmesh_core import CancelledError, ContractError, CrashError, ExecutionError, InputError
+from flowmesh_core import (
+    CancelledError,
+    ContractError,
+    CrashError,
+    ExecutionError,
+    ExecutorUnavailableError,
+    InputError,
+)
 
 Jobs = Callable[..., TrainingJob]
 
@@ -165,6 +177,26 @@ def test_preferences_and_rewards_train_adapters_too(task_type: str, make_job: Jo
     assert all("lora_" in name or name.endswith("score.weight") for name in names)
 
 
+@pytest.mark.parametrize(
+    ("task_type", "lora"),
+    [
+        ("reward", {"r": 2}),
+        ("lora_sft", {"r": 2, "modules_to_save": ["lm_head"]}),
+        ("dpo", {"r": 2, "modules_to_save": ["lm_head"]}),
+        ("grpo", {"r": 2, "modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_all_that_is_trained_beside_a_short_model_keeps_its_precision(
+    task_type: str, lora: dict[str, Any], make_job: Jobs
+) -> None:
+    job = make_small(make_job, task_type, lora=lora, training={"bf16": True, "batch_size": 2})
+    train(job, Listener().link)
+
+    learnt = weights(job.folder / "final_lora")
+    assert any("lora_" not in name for name in learnt)
+    assert {tensor.dtype for tensor in learnt.values()} == {torch.float32}
+
+
 def test_an_adapter_is_continued_from_where_it_stood(make_job: Jobs) -> None:
     first = make_small(make_job, "lora_sft", folder="first", lora={"r": 4})
     train(first, Listener().link)
@@ -256,6 +288,20 @@ def test_training_goes_on_as_if_it_had_never_stopped(make_job: Jobs) -> None:
         torch.testing.assert_close(tensor, expected[name])
 
 
+def test_a_training_that_had_reached_its_last_step_makes_no_further_one(make_job: Jobs) -> None:
+    plan = {"max_steps": 3, "save_steps": 3, "learning_rate": 1e-3}  # ends amid an epoch of 5
+    whole = make_job("sft", TEXTS, folder="whole", training=plan)
+    train(whole, Listener().link)
+    again = make_job("sft", TEXTS, folder="again", training=plan)
+    checkpoint = whole.folder / "checkpoints" / "checkpoint-3"
+    result = train(attrs.evolve(again, resume=checkpoint), Listener().link)
+
+    assert result["steps"] == 3
+    expected = weights(whole.folder / "final_model")
+    for name, tensor in weights(again.folder / "final_model").items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
 @pytest.mark.parametrize("task_type", ["sft", "ppo"])
 def test_a_stopped_training_leaves_a_checkpoint_to_go_on_from(
     task_type: str, make_job: Jobs
@@ -280,6 +326,9 @@ def test_policy_critic_and_optimizer_come_back_from_a_checkpoint(make_job: Jobs)
     first = make_small(make_job, "ppo", folder="first")
     train(first, Listener().link)
     end = first.folder / "checkpoints" / "checkpoint-3"
+    files = (end / "value_model.safetensors", end / "trainer_state.json")
+    critic_at, state_at = (file.stat().st_mtime_ns for file in files)
+    assert critic_at <= state_at  # which tells whole checkpoints from those that were cut off
     over = attrs.evolve(make_small(make_job, "ppo", folder="over"), resume=end)
     assert train(over, Listener().link)["steps"] == 3  # none was left to do
     critic = load_file(end / "value_model.safetensors")
@@ -327,6 +376,16 @@ def test_a_training_that_ran_out_of_memory_goes_on_with_half_the_micro_batch(
     assert (batch["per_device"], batch["effective"]) == (2, 4)
 
 
+def test_a_checkpoint_that_lack_of_memory_cut_off_is_not_gone_on_from(make_job: Jobs) -> None:
+    job = make_job("sft", TEXTS, training={"max_steps": 4, "save_steps": 1, "batch_size": 2})
+    seen = OutOfMemoryAt(step=3)
+    cut = job.folder / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    seen.before_the_end = lambda: cut.write_bytes(cut.read_bytes()[:-9])
+    train(job, seen.link)
+
+    assert "memory ran out; half the micro batch, from checkpoint-1" in seen.lines
+
+
 def test_a_training_whose_single_rows_are_too_large_fails_for_memory(make_job: Jobs) -> None:
     seen = OutOfMemoryAt(step=1, times=9)
     job = make_job("sft", TEXTS, training={"max_steps": 2, "batch_size": 2})
@@ -345,6 +404,38 @@ def test_a_loss_that_is_no_number_fails_the_task_and_saves_nothing(make_job: Job
 
     assert not (job.folder / "final_model").exists()
     assert any(line.startswith("warning: step") for line in seen.lines)
+
+
+def test_ppo_is_refused_fewer_rows_than_one_batch_takes(make_job: Jobs) -> None:
+    plan = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    job = make_small(make_job, "ppo", rows=QUERIES[:3], training=plan)
+    with pytest.raises(InputError, match=r"3 rows.* one batch takes 4"):
+        train(job, Listener().link)
+
+
+def test_a_training_that_made_no_step_is_no_success(make_job: Jobs) -> None:
+    plan = {"batch_size": 16, "dataloader_drop_last": True, "max_steps": 2}
+    job = make_job("sft", TEXTS, training=plan)
+    with pytest.raises(InputError, match=r"ended after 0 of 2 steps.*10 rows.*more rows"):
+        train(job, Listener().link)
+    assert not (job.folder / "final_model").exists()
+
+
+def test_ppo_saves_the_end_that_the_model_had_before(
+    make_job: Jobs, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    monkeypatch.setattr(training, "_check_steps", lambda trainer, **_: built.append(trainer))
+    generation = {"max_new_tokens": 6, "stop": "<|user|>"}
+    job = make_small(make_job, "ppo", generation=generation, training={"save_steps": 1})
+    train(job, Listener().link)
+
+    kept = json.loads((job.folder / "final_model" / "generation_config.json").read_bytes())
+    before = json.loads((tiny / "generation_config.json").read_bytes())
+    assert kept["eos_token_id"] == before["eos_token_id"]
+    policy = built[0].model.policy  # which goes on as it did after each checkpoint
+    stop = AutoTokenizer.from_pretrained(tiny).convert_tokens_to_ids("<|user|>")
+    assert policy.generation_config.eos_token_id == stop
 
 
 def test_a_model_that_nobody_wants_is_not_saved(make_job: Jobs) -> None:
@@ -402,6 +493,38 @@ def test_trackers_write_into_the_task(make_job: Jobs) -> None:
     assert list(job.folder.glob("artifacts/tensorboard/events.*"))
 
 
+def test_a_tracker_that_is_not_installed_is_named(
+    make_job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    job = make_small(make_job, "sft", training={"report_to": ["wandb", "azure_ml"]})
+    with pytest.raises(
+        ExecutorUnavailableError, match=r"run: pip install wandb azureml-core"
+    ) as caught:
+        train(job, Listener().link)
+    assert list(caught.value.needs) == ["wandb", "azureml-core"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_of_wandb_ends_with_its_training(
+    fails: bool, make_job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    tracker: Any = ModuleType("wandb")
+    tracker.run, tracker.finish = object(), lambda: ended.append(True)
+
+    def check(_trainer: Any, **_arguments: Any) -> None:
+        monkeypatch.setitem(sys.modules, "wandb", tracker)
+        if fails:
+            raise InputError("too few rows")
+
+    monkeypatch.setattr(training, "_check_steps", check)
+    plan = {"max_steps": 1, "save_model": False, "save_strategy": "no"}
+    with pytest.raises(InputError, match="too few") if fails else nullcontext():
+        train(make_job("sft", TEXTS, training=plan), Listener().link)
+    assert ended == [True]
+
+
 class Listener:
     """Keeps what a training reports.
 
@@ -430,9 +553,11 @@ class OutOfMemoryAt(Listener):
     def __init__(self, step: int, times: int = 1) -> None:
         super().__init__(stop_at=step)
         self._times = times
+        self.before_the_end: Callable[[], object] = lambda: None
 
     def _must_stop(self) -> bool:
         if super()._must_stop() and self._times:
             self._times -= 1
+            self.before_the_end()
             raise torch.OutOfMemoryError("no room for 3 GiB")
         return False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ _GRPO_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 _GENERATION: Mapping[str, Mapping[str, str]] = {
     "grpo": {"max_new_tokens": "max_completion_length", **{name: name for name in _GRPO_SAMPLING}},
     "ppo": {"max_new_tokens": "response_length", "temperature": "temperature"},
+}
+# Tracker to its distribution; the module is the first word of that.
+_TRACKERS = (
+    *("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow"),
+    *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
+_TRACKER_PACKAGES: Mapping[str, str] = {
+    **{name: name for name in _TRACKERS},
+    "azure_ml": "azureml-core",
+    "flyte": "flytekit",
 }
 
 
@@ -80,6 +91,7 @@ def build_arguments(job: TrainingJob, spec: Any) -> Any:
         )
     values |= _generation(job.task_type, spec)
     values |= {"output_dir": str(job.folder / "checkpoints"), "use_cpu": use_cpu}
+    _check_trackers(values["report_to"])
     # Our own callback does it, into the task's folder.
     values["report_to"] = [name for name in values["report_to"] if name != "tensorboard"]
     _rename_checkpointing(values, kind)
@@ -110,6 +122,23 @@ def _defaults(job: TrainingJob, *, use_cpu: bool) -> dict[str, Any]:
     return values
 
 
+def _check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed here."""
+    packages = {name: _TRACKER_PACKAGES[name] for name in names if name in _TRACKER_PACKAGES}
+    missing = {
+        name: package
+        for name, package in packages.items()
+        if importlib.util.find_spec(package.partition("-")[0]) is None
+    }
+    if missing:
+        install = f"pip install {' '.join(missing.values())}"
+        raise ExecutorUnavailableError(
+            f"training.report_to {', '.join(missing)}: not installed here; run: {install}",
+            needs=[*missing.values()],
+            install=install,
+        )
+
+
 def _generation(task_type: str, spec: Any) -> dict[str, Any]:
     block = getattr(spec, "generation", None)
     given = block.model_dump(exclude_none=True) if block else {}
@@ -130,6 +159,11 @@ def _shrink(values: dict[str, Any], job: TrainingJob) -> None:
     least = 2 if job.task_type == "kto" else 1  # its loss compares rows of one micro batch
     micro, parts = split_batch(asked, job.batch_scale, least=least)
     values["per_device_train_batch_size"] = micro
+    group = values.get("num_generations_eval") or values.get("num_generations") or 1
+    groups, rest = divmod(values["per_device_eval_batch_size"], group)
+    if not rest:  # or several processes share the answers to one prompt
+        smaller, _ = split_batch(groups, job.batch_scale, least=least)
+        values["per_device_eval_batch_size"] = group * smaller
     values["gradient_accumulation_steps"] *= parts
     if values.get("steps_per_generation"):
         values["steps_per_generation"] *= parts
@@ -145,5 +179,5 @@ def _plan_evaluation(values: dict[str, Any], *, has_eval: bool) -> None:
             f"training.eval_strategy {asked!r} needs rows to evaluate on; give data.eval or "
             "data.eval_fraction"
         )
-    if asked is None and has_eval and "num_ppo_epochs" not in values:
+    if asked is None and has_eval:
         values["eval_strategy"] = "steps" if values.get("eval_steps") else "epoch"

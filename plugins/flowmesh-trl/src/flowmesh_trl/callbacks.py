@@ -1,4 +1,4 @@
-"""What listens to a running training: it reports each step, and stops it with a checkpoint."""
+"""What listens to a training: it reports each step, and stops it in time, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from transformers import TrainerCallback
 from flowmesh_core import CancelledError
 from flowmesh_trl.job import Link
 
-__all__ = ["Reporter", "StopAtStepEnd", "readable_number"]
+__all__ = ["AlreadyDone", "Reporter", "StopAtStepEnd", "readable_number"]
 
 _IN_THE_LOG = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "kl", "tokens_per_s")
+
+
+class AlreadyDone(Exception):  # noqa: N818 - no error
+    """The checkpoint that a training goes on from is that of its last step."""
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc] # the library has no types
@@ -100,6 +104,15 @@ class StopAtStepEnd(TrainerCallback):  # type: ignore[misc] # as above
         self._link = link
         self._task_id = task_id
         self._stopped = False
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_more: Any) -> None:
+        """Make no step beyond the last one, which the trainer would within an epoch.
+
+        Raises:
+            AlreadyDone: The weights are loaded, and there is nothing left to do.
+        """
+        if 0 < state.max_steps <= state.global_step:
+            raise AlreadyDone
 
     def on_step_end(self, args: Any, _state: Any, control: Any, **_more: Any) -> None:
         """Ask, agree, and have the checkpoint written."""

@@ -86,8 +86,8 @@ def build_dataset(
     Args:
         task_type: Decides the columns.
         rows: Opened twice, for the first row and for all of them.
-        data: The document's block, for ``*_field``, ``*_column``, ``separator``,
-            ``prompt_format`` and ``drop_too_long``.
+        data: The document's block, validated, for ``*_field``, ``separator``, ``prompt_format``
+            and ``drop_too_long``.
         folder: Must outlive the dataset, which reads from ``.cache`` in it.
         tokenizer: Of the model to be trained; ppo needs it, chats are checked against it.
         completion_only: Whether the loss is to be on the answers alone.

@@ -24,100 +24,18 @@ from typing import Any, TextIO
 import attrs
 import psutil
 
-from flowmesh_core import CancelledError, ContractError, ExecutorUnavailableError
+from flowmesh_core import CancelledError, ExecutorUnavailableError
 from flowmesh_trl.failures import explain
 from flowmesh_trl.job import Link, TrainingJob
 from flowmesh_trl.rank import TRAIN
 
-__all__ = ["Plan", "check_launch", "launch", "plan_processes"]
+__all__ = ["check_launch", "launch"]
 
 _POLL_S = 0.1
 _TERM_S = 5.0  # between SIGTERM and SIGKILL
 _PATIENCE_S = 5.0  # for processes that were killed
-
-
-@attrs.frozen(kw_only=True)
-class Plan:
-    """How many processes train, and on what.
-
-    Attributes:
-        processes: At least 1.
-        devices: GPUs that they may see, rank 0's first; empty on CPU.
-        in_process: One process, and this one sees the very same GPUs and needs no group.
-    """
-
-    processes: int
-    devices: tuple[str, ...]
-    in_process: bool
-
-
-def plan_processes(
-    training: Mapping[str, Any], devices: Sequence[str], *, use_cpu: bool = False
-) -> Plan:
-    """Choose processes and GPUs as ``training`` asks for them.
-
-    ``visible_devices`` names some of the task's GPUs; ``primary_gpu`` is a position among these;
-    ``nproc_per_node`` takes the first so many, and on CPU any number. Without it there is one
-    process per GPU, or one alone where ``allow_multi_gpu`` is false.
-
-    Args:
-        training: ``spec.training``.
-        devices: What the task was given: entries of ``CUDA_VISIBLE_DEVICES``.
-        use_cpu: Whether these are to be left alone.
-
-    Raises:
-        ContractError: It asks for GPUs that the task has not, or contradicts itself.
-    """
-    problems: list[str] = []
-    count: int | None = training.get("nproc_per_node")
-    multi = training.get("allow_multi_gpu")
-    chosen = _choose_devices(training, devices, problems)
-    available = None if use_cpu or not devices else len(chosen)
-    if count is not None and available is not None and count > available:
-        problems.append(
-            f"spec.training.nproc_per_node is {count}, but the task may use {available} GPU(s);"
-            " ask for more in spec.resources.hardware.gpu.count"
-        )
-    if count is not None and count > 1 and multi is False:
-        problems.append(f"spec.training.nproc_per_node is {count}, but allow_multi_gpu is false")
-    if problems:
-        raise ContractError(problems)
-    if available is None:
-        chosen, processes = (), count or 1
-    else:
-        processes = count or (1 if multi is False else available)
-        chosen = chosen[:processes]
-    grouped = any(training.get(key) for key in ("accelerate_config", "deepspeed", "fsdp"))
-    in_process = processes == 1 and (use_cpu or len(devices) < 2) and not grouped
-    return Plan(processes=processes, devices=chosen, in_process=in_process)
-
-
-def _choose_devices(
-    training: Mapping[str, Any], devices: Sequence[str], problems: list[str]
-) -> tuple[str, ...]:
-    """Return the GPUs that are named, the primary one first."""
-    wanted = training.get("visible_devices")
-    if wanted is None:
-        chosen = tuple(devices)
-    else:
-        items = wanted.split(",") if isinstance(wanted, str) else wanted
-        items = [items] if isinstance(items, int) else items
-        chosen = tuple(dict.fromkeys(str(item).strip() for item in items))
-        if not chosen or not {*chosen} <= {*devices}:
-            problems.append(
-                f"spec.training.visible_devices must be among the task's own GPUs"
-                f" ({', '.join(devices) or 'it has none'}), got {wanted!r}"
-            )
-    primary: int = training.get("primary_gpu") or 0
-    if not devices or problems:
-        return chosen
-    if not 0 <= primary < len(chosen):
-        problems.append(
-            f"spec.training.primary_gpu must be a position among {len(chosen)} GPU(s), from 0,"
-            f" got {primary}"
-        )
-        return chosen
-    return (chosen[primary], *chosen[:primary], *chosen[primary + 1 :])
+_CORE = {"output", "checkpoint", "resources"}  # blocks that the core has dealt with
+_SECRET = {"headers", "download_headers"}  # what they were for is at hand
 
 
 def check_launch(training: Mapping[str, Any]) -> None:
@@ -142,12 +60,13 @@ def launch(
     processes: int,
     devices: Sequence[str],
     target: str = TRAIN,
-    grace_s: float = 20.0,
+    grace_s: float | None = None,
 ) -> dict[str, Any]:
     """Train in several processes of this machine and return rank 0's summary.
 
-    Blocks. When the link says stop, the ranks are asked to save and end, and are ended after the
-    grace. No process of it is left when this returns or raises; when this process dies, they die.
+    Blocks. When the link says stop, the ranks are asked to save and end; whoever wants them ended
+    sooner gives a grace, or ends this process: when it dies, they die. No process of it is
+    left when this returns or raises.
 
     Args:
         job: Its folder gets ``logs/rank-<n>.log``, and ``logs/launcher.log``.
@@ -155,7 +74,7 @@ def launch(
         processes: How many ranks.
         devices: GPUs that they may see; none on CPU.
         target: ``module:function`` that each rank calls with the job and a link.
-        grace_s: How long ranks may take to stop once asked.
+        grace_s: How long ranks may take to stop once asked; as long as they need without it.
 
     Raises:
         FlowmeshError: What the rank that failed first raised, with its number.
@@ -167,9 +86,9 @@ def launch(
     check_launch(training)
     folder = job.folder / ".launch"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)  # the job holds secrets
+    folder.mkdir(parents=True, mode=0o700)
     try:
-        (folder / "job.json").write_text(json.dumps(job.to_dict()), encoding="utf-8")
+        _write_job(job, folder / "job.json")
         command = _build_command(folder, processes, target, training.get("accelerate_config"))
         environment = _build_environment(devices, processes)
         with _Ranks(command, environment, job=job, link=link, grace_s=grace_s) as ranks:
@@ -177,6 +96,23 @@ def launch(
         return ranks.conclude(processes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_job(job: TrainingJob, path: Path) -> None:
+    """Write what the ranks need, for this user alone; what lies on disk keeps no secret of it."""
+    kept = {key: block for key, block in job.spec.items() if key not in _CORE}
+    spec = {
+        key: _without_secrets(block) if key in ("data", "model", "reward_model") else block
+        for key, block in kept.items()
+    }
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(attrs.evolve(job, spec=spec).to_dict()), encoding="utf-8")
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, Mapping):  # rows in a list may have such a column
+        return value
+    return {key: _without_secrets(item) for key, item in value.items() if key not in _SECRET}
 
 
 def _build_command(
@@ -223,7 +159,7 @@ class _Ranks:
         *,
         job: TrainingJob,
         link: Link,
-        grace_s: float,
+        grace_s: float | None,
     ) -> None:
         self._job, self._link, self._grace_s = job, link, grace_s
         self._folder = job.folder / ".launch"
@@ -284,6 +220,9 @@ class _Ranks:
 
     def _ask_to_stop(self) -> None:
         (self._folder / "stop").touch()
+        if self._grace_s is None:
+            self._deadlines = []
+            return
         now = time.monotonic()
         self._deadlines = [
             (now + self._grace_s, self._process.terminate),  # torchrun hands it on

@@ -23,7 +23,7 @@ from flowmesh_trl.models import (
 )
 from flowmesh_trl.saving import prepare_configs
 
-__all__ = ["Parts", "gather_parts"]
+__all__ = ["Parts", "gather_parts", "widen_trained"]
 
 
 @attrs.frozen(kw_only=True)
@@ -148,6 +148,24 @@ def _dtype(arguments: Any, *, wants_adapter: bool) -> torch.dtype:
     if arguments.bf16:
         return torch.bfloat16
     return torch.float16 if arguments.fp16 else torch.float32
+
+
+def widen_trained(model: Any, *, generates: bool) -> None:
+    """Put all that is trained in 32 bits, as ``_dtype`` says; peft leaves what is not LoRA short.
+
+    That is a new score, ``modules_to_save`` and biases.
+
+    Args:
+        model: With adapter and all, on the point of being trained.
+        generates: Whether the trainer has it write outside of mixed precision, which takes one
+            type throughout.
+    """
+    small = (torch.bfloat16, torch.float16)
+    short = [item for item in model.parameters() if item.requires_grad and item.dtype in small]
+    if short and generates:
+        model.float()
+    for weight in short:
+        weight.data = weight.data.float()
 
 
 def _lora(lora: Any, task_type: str) -> LoraConfig:

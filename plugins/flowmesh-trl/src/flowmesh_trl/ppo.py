@@ -12,7 +12,7 @@ from safetensors.torch import save_model as save_weights
 from transformers import TrainerCallback
 from trl.experimental.ppo import PPOTrainer
 
-from flowmesh_core import ContractError
+from flowmesh_core import ContractError, InputError
 from flowmesh_trl.grpo import gather_rewards
 from flowmesh_trl.job import TrainingJob
 from flowmesh_trl.models import put_score_on
@@ -31,16 +31,21 @@ def build_trainer(job: TrainingJob, parts: Parts) -> Any:
 
     The critic is the starting model with a fresh head, trained beside the policy; what is rewarded
     comes from the document alone.
+
+    Raises:
+        ContractError: ``generation.stop`` is several tokens.
+        InputError: There are too few rows.
     """
+    _check_rows(parts)
+    ends = parts.model.generation_config.eos_token_id
     tokenizer = _with_own_padding(parts.tokenizer)
     _set_stop(parts, tokenizer)
-    queries = [rows for rows in (parts.dataset, parts.eval_dataset) if rows is not None]
-    width = query_width(*queries)
+    width = query_width(parts.dataset)
     reward = QueryRewards(
-        gather_rewards(job, parts), tokenizer=tokenizer, queries=queries, width=width
+        gather_rewards(job, parts), tokenizer=tokenizer, queries=[parts.dataset], width=width
     )
     common = {**parts.common(), "processing_class": tokenizer}
-    common["eval_dataset"] = parts.eval_dataset or parts.dataset  # it wants one, and never reads it
+    common["eval_dataset"] = parts.dataset  # it wants one, and never reads it
     trainer = _Trainer(
         model=parts.model,
         ref_model=_load_reference(parts),
@@ -50,8 +55,21 @@ def build_trainer(job: TrainingJob, parts: Parts) -> Any:
         peft_config=parts.peft_config,
         **common,
     )
-    trainer.plain_tokenizer = parts.tokenizer
+    trainer.plain_tokenizer, trainer.plain_ends = parts.tokenizer, ends
     return trainer
+
+
+def _check_rows(parts: Parts) -> None:
+    """Refuse rows that fill no batch: the trainer would wait for one for ever."""
+    arguments, rows = parts.arguments, len(parts.dataset)
+    processes = arguments.distributed_state.num_processes
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    if rows < per_process * processes:
+        raise InputError(
+            f"spec.data has {rows} rows to train on, and one batch takes {per_process * processes} "
+            "(batch_size * gradient_accumulation_steps * processes); give more rows, or a smaller "
+            "training.batch_size"
+        )
 
 
 def _load_reference(parts: Parts) -> Any:
@@ -70,11 +88,14 @@ class _Trainer(PPOTrainer):  # type: ignore[misc] # the library has no types
 
     Attributes:
         plain_tokenizer: What is saved: the tokenizer as it came.
+        plain_ends: What is saved: the end tokens of the model as it came, in place of the one at
+            which its answers are cut here.
     """
 
     model: Any
     processing_class: Any
     plain_tokenizer: Any
+    plain_ends: Any
     is_distributed_loading_by_transformers = False  # TRL's forgets to say
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any:
@@ -107,21 +128,25 @@ class _Trainer(PPOTrainer):  # type: ignore[misc] # the library has no types
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy alone; TRL's own way does not find it in one of several processes."""
         wrapped, padding = self.model, self.processing_class
+        settings = self.accelerator.unwrap_model(wrapped).policy.generation_config
+        stop, settings.eos_token_id = settings.eos_token_id, self.plain_ends
         if not self.is_deepspeed_enabled:
             self.model = self.accelerator.unwrap_model(wrapped)
         self.processing_class = self.plain_tokenizer
         super().save_model(output_dir, _internal_call)
         self.model, self.processing_class = wrapped, padding
+        settings.eos_token_id = stop
 
     def create_model_card(self, *_args: Any, **_more: Any) -> None:
         """Write none into checkpoints; TRL's own stumbles over several processes."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
+        if self.args.should_save:  # first, as trainer_state.json says that all is there
             critic = self.accelerator.unwrap_model(model).value_model
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             save_weights(critic, folder / _CRITIC)
+        super()._save_checkpoint(model, trial)
 
 
 class _Before(TrainerCallback):  # type: ignore[misc] # as above

@@ -17,18 +17,15 @@ __all__ = ["Chat", "Columns", "Record", "numbered_records"]
 
 Chat = list[dict[str, Any]]
 
-# How the document names a column by its role, and what it is usually called.
-_NAMED: Mapping[str, tuple[str, ...]] = {
-    "messages": ("messages_field", "messages_column"),
-    "text": ("text_field", "text_column"),
-    "prompt": ("prompt_field", "prompt_column", "query_field", "query_column"),
-    "completion": (
-        *("response_field", "response_column"),
-        *("completion_field", "completion_column"),
-    ),
-    "chosen": ("chosen_field", "chosen_column"),
-    "rejected": ("rejected_field", "rejected_column"),
-    "label": ("label_field", "label_column"),
+# The field of the `data` block that names a column by its role, and what it is usually called.
+_NAMED: Mapping[str, str] = {
+    "messages": "messages_field",
+    "text": "text_field",
+    "prompt": "prompt_field",
+    "completion": "response_field",
+    "chosen": "chosen_field",
+    "rejected": "rejected_field",
+    "label": "label_field",
 }
 _USUAL: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations"),
@@ -51,8 +48,8 @@ class Columns:
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Columns:
-        """Read the names in the ``data`` block."""
-        named = {role: data[key] for role, keys in _NAMED.items() for key in keys if data.get(key)}
+        """Read the names in the ``data`` block, validated: under its fields' first names."""
+        named = {role: data[field] for role, field in _NAMED.items() if data.get(field)}
         separator = data.get("separator")
         return cls(named=named, separator="\n\n" if separator is None else separator)
 
@@ -76,7 +73,7 @@ class Columns:
         if column is None:
             usual = [name for role in roles for name in _USUAL[role]]
             raise record.complaint(
-                f"needs a column {' or '.join(usual)}, or the one that data.{_NAMED[roles[-1]][0]}"
+                f"needs a column {' or '.join(usual)}, or the one that data.{_NAMED[roles[-1]]}"
                 f" names, got {record.names}"
             )
         return column

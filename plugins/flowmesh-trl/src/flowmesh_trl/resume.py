@@ -14,11 +14,19 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["adopt", "find_checkpoint", "fingerprint", "mark"]
+__all__ = [
+    "adopt",
+    "discard_checkpoints",
+    "find_checkpoint",
+    "fingerprint",
+    "latest_whole",
+    "mark",
+    "read_batch",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +41,6 @@ _BLOCKS = (
 _PASSING = re.compile(r"(download_)?headers|(download_)?timeout(Sec)?|(logging|save)_\w+")
 _OBSERVING = {"disable_tqdm", "log_with", "report_to", "run_name", "tracker_project_name"}
 _PLACING = {"primary_gpu", "visible_devices"}
-_FINAL = ("final_model", "final_lora")
 
 
 def fingerprint(spec: Mapping[str, Any]) -> str:
@@ -62,38 +69,45 @@ def _lasting(value: Any) -> Any:
     return value
 
 
-def mark(folder: Path, fingerprint: str) -> None:
+def mark(folder: Path, fingerprint: str, *, batch: int) -> None:
     """Say in an attempt's ``checkpoints/`` which training they are of, before the first is there.
 
     Args:
         folder: The attempt's folder.
         fingerprint: What ``fingerprint`` gave.
+        batch: Rows of an optimizer step, over all processes.
     """
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    _replace(checkpoints / _MARK, {"fingerprint": fingerprint})
+    _replace(checkpoints / _MARK, {"fingerprint": fingerprint, "batch": batch})
 
 
-def find_checkpoint(previous: Path | None, fingerprint: str) -> Path | None:
-    """Return the latest whole ``checkpoint-<step>`` that an earlier attempt left, or None.
+def find_checkpoint(attempts: Iterable[Path], fingerprint: str) -> Path | None:
+    """Return the latest whole ``checkpoint-<step>`` of the first attempt that has one, or None.
 
-    Says in the log why one is passed over. An attempt that reached its end is not gone on with.
+    Says in the log why one is passed over.
 
     Args:
-        previous: Folder of the earlier attempt.
+        attempts: Folders to look in, the most promising first. One without a leading dot is of a
+            run that was committed: it is not gone on with.
         fingerprint: ``fingerprint`` of what is to be trained now.
     """
-    if previous is None or not (checkpoints := previous / "checkpoints").is_dir():
-        return None
-    if (previous / "training_metrics.json").is_file() and any(
-        (previous / name).is_dir() for name in _FINAL
-    ):
-        _log.info("%s reached its end; training begins anew", previous)
-        return None
-    if _read_mark(checkpoints) != fingerprint:
-        _log.warning("%s is of another model, data or training; training begins anew", checkpoints)
-        return None
-    for folder in _newest_first(checkpoints):
+    for folder in attempts:
+        checkpoints = folder / "checkpoints"
+        if not checkpoints.is_dir():
+            continue
+        if not folder.name.startswith("."):
+            _log.info("%s reached its end, not gone on with", folder)
+        elif _read_mark(checkpoints).get("fingerprint") != fingerprint:
+            _log.warning("%s is of another model, data or training, passed over", checkpoints)
+        elif found := latest_whole(checkpoints):
+            return found
+    return None
+
+
+def latest_whole(checkpoints: Path) -> Path | None:
+    """Return the ``checkpoint-<step>`` with the highest step that is whole, or None."""
+    for _, folder in sorted(_numbered(checkpoints), reverse=True):
         if fault := _fault(folder):
             _log.warning("%s is not whole, passed over: %s", folder, fault)
         else:
@@ -101,8 +115,22 @@ def find_checkpoint(previous: Path | None, fingerprint: str) -> Path | None:
     return None
 
 
+def read_batch(checkpoint: Path) -> int:
+    """Return the rows of an optimizer step with which it was trained; 0 when nobody said."""
+    batch = _read_mark(checkpoint.parent).get("batch")
+    return batch if isinstance(batch, int) else 0
+
+
+def discard_checkpoints(folder: Path, *, after: int = -1) -> None:
+    """Remove an attempt's own checkpoints of higher steps, which would be taken for the latest."""
+    checkpoints = folder / "checkpoints"
+    stale = [path for step, path in _numbered(checkpoints) if step > after]
+    for path in stale:
+        shutil.rmtree(path)
+
+
 def adopt(checkpoint: Path, folder: Path) -> Path:
-    """Make an earlier attempt's checkpoint one of this attempt, and return its new path.
+    """Make a checkpoint the latest one of this attempt, and return its new path.
 
     By hard links where the file system allows, so it costs no space and outlives the earlier
     attempt. The best checkpoint so far comes along, for the trainer may want to end with it.
@@ -115,6 +143,10 @@ def adopt(checkpoint: Path, folder: Path) -> Path:
         OSError: It can be neither linked nor copied.
     """
     checkpoints = folder / "checkpoints"
+    if checkpoint.parent == checkpoints:
+        discard_checkpoints(folder, after=int(checkpoint.name.rpartition("-")[2]))
+        return checkpoint
+    discard_checkpoints(folder)
     checkpoints.mkdir(parents=True, exist_ok=True)
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     best = checkpoint.parent / Path(state.get("best_model_checkpoint") or "none").name
@@ -124,23 +156,21 @@ def adopt(checkpoint: Path, folder: Path) -> Path:
         state["best_model_checkpoint"] = str(checkpoints / best.name)
     adopted = checkpoints / checkpoint.name
     _link_tree(checkpoint, adopted, state=state)
-    _replace(checkpoints / _MARK, {"fingerprint": _read_mark(checkpoint.parent)})
+    _replace(checkpoints / _MARK, _read_mark(checkpoint.parent))
     return adopted
 
 
-def _read_mark(checkpoints: Path) -> str | None:
+def _read_mark(checkpoints: Path) -> dict[str, Any]:
     try:
-        found = json.loads((checkpoints / _MARK).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
+        found = json.loads((checkpoints / _MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _newest_first(checkpoints: Path) -> Iterator[Path]:
-    steps = [
-        (int(match[1]), path) for path in checkpoints.iterdir() if (match := _NAME.match(path.name))
-    ]
-    return (path for _, path in sorted(steps, reverse=True))
+def _numbered(checkpoints: Path) -> list[tuple[int, Path]]:
+    paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return [(int(match[1]), path) for path in paths if (match := _NAME.match(path.name))]
 
 
 def _fault(folder: Path) -> str:

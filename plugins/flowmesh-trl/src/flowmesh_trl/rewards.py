@@ -1,6 +1,6 @@
 """What a document rewards: rules, functions of installed packages, a reward model.
 
-Each becomes a ``Reward``, which TRL's GRPO calls as it is and ``scoring.py`` makes a model of for
+Each becomes a ``Reward``, which TRL's GRPO calls as it is and ``queries.py`` makes a model of for
 its PPO. Whatever a reward returns is checked, since a NaN or a missing value trains rubbish.
 """
 
@@ -13,16 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
-from pydantic import Field, ValidationError
 
-from flowmesh_core import (
-    ContractError,
-    ExecutionError,
-    InputError,
-    PluginError,
-    StrictBlock,
-    load_driver,
-)
+from flowmesh_core import ContractError, ExecutionError, InputError, PluginError, load_driver
 from flowmesh_trl.rules import RULES, Answer, Rule
 
 __all__ = ["GROUP", "Reward", "RewardFunction", "answer_text", "load_rewards"]
@@ -32,12 +24,6 @@ GROUP = "flowmesh.trl.rewards"
 RewardFunction = Callable[..., Sequence[float | None]]
 """Called by keyword with ``prompts``, ``completions``, ``completion_ids`` and every other column of
 the rows, all lists of one length; returns as many numbers, None where it has nothing to say."""
-
-
-class _Entry(StrictBlock):
-    name: str = Field(min_length=1)
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    options: dict[str, Any] = Field(default_factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -94,22 +80,22 @@ class Reward:
         return number
 
 
-def load_rewards(entries: Sequence[Any]) -> list[Reward]:
-    """Load what ``spec.reward`` lists: names, or blocks of ``name``, ``weight`` and ``options``.
+def load_rewards(entries: Sequence[Mapping[str, Any]]) -> list[Reward]:
+    """Load what ``spec.reward`` lists: ``name``, and perhaps ``weight`` and ``options``.
 
     A name is a rule of ``RULES`` or an entry point of the group ``flowmesh.trl.rewards``. The entry
     point is a ``RewardFunction``, which gets its options as further keywords, or a class of which
-    an instance with these options is one.
+    an instance with these options is one. The options of rules were validated with the spec.
 
     Raises:
-        ContractError: Naming everything that is wrong with any of them.
+        ContractError: Naming everything that is wrong with any of the entry points.
         ExecutorUnavailableError: A rule needs a package that is not installed.
     """
     problems: list[str] = []
     found: list[Reward] = []
-    for index, raw in enumerate(entries):
+    for index, entry in enumerate(entries):
         try:
-            found.append(_load({"name": raw} if isinstance(raw, str) else raw))
+            found.append(_load(**entry))
         except ContractError as exc:
             problems += [f"spec.reward[{index}]: {problem}" for problem in exc.problems]
     if problems:
@@ -117,33 +103,18 @@ def load_rewards(entries: Sequence[Any]) -> list[Reward]:
     return _renamed(found)
 
 
-def _load(raw: Any) -> Reward:
-    entry = _validated(_Entry, raw)
-    if entry.name in RULES:
-        rule = _validated(RULES[entry.name], entry.options, "options")
+def _load(*, name: str, weight: float = 1.0, options: Mapping[str, Any] | None = None) -> Reward:
+    if name in RULES:
+        rule = RULES[name].model_validate(options or {})
         rule.prepare()
-        return Reward(name=entry.name, weight=entry.weight, function=_each(entry.name, rule))
+        return Reward(name=name, weight=weight, function=_each(name, rule))
     try:
-        loaded = load_driver(GROUP, entry.name)
+        loaded = load_driver(GROUP, name)
     except PluginError as exc:
         raise ContractError(
-            f"{entry.name!r} is none of the rules ({', '.join(RULES)}), and {exc}"
+            f"{name!r} is none of the rules ({', '.join(RULES)}), and {exc}"
         ) from exc
-    function = _with_options(entry.name, loaded, entry.options)
-    return Reward(name=entry.name, weight=entry.weight, function=function)
-
-
-def _validated(model: type[Any], value: Any, *prefix: str) -> Any:
-    try:
-        return model.model_validate(value)
-    except ValidationError as exc:
-        raise ContractError([_told(error, prefix) for error in exc.errors()]) from None
-
-
-def _told(error: Mapping[str, Any], prefix: Sequence[str]) -> str:
-    place = ".".join(map(str, (*prefix, *error["loc"])))
-    text = str(error["msg"]).removeprefix("Value error, ")
-    return f"{place}: {text}" if place else text
+    return Reward(name=name, weight=weight, function=_with_options(name, loaded, options or {}))
 
 
 def _each(name: str, rule: Rule) -> RewardFunction:

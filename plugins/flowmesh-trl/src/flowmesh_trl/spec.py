@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -130,8 +131,15 @@ class RewardFunctionBlock(StrictBlock):
     @classmethod
     def _fits_the_rule(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         rule = RULES.get(info.data.get("name", ""))
-        if rule is not None:
-            rule.model_validate(value)
+        try:
+            if rule is not None:
+                rule.model_validate(value)
+        except ValidationError as exc:
+            if any(item["type"] == "pattern_regex" for item in exc.errors()):
+                # Of a type that pydantic does not let anyone raise again.
+                text = f"pattern must be a regular expression, got {value['pattern']!r:.60}"
+                raise ValueError(text) from exc
+            raise
         return value
 
 
@@ -331,6 +339,9 @@ class PpoSpec(TrainingSpec):
         """Yield what cannot be together."""
         yield from super().conflicts()
         yield from _without_reward(self)
+        for name in ("eval", "eval_fraction"):
+            if getattr(self.data, name):
+                yield f"data.{name}: TRL's PPO does not evaluate; leave it out"
         names = {"max_new_tokens": "response_length", "temperature": "temperature"}
         yield from self._generation_conflicts({**names, "stop": "stop_token"})
 

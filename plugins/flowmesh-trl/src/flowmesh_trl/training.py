@@ -6,9 +6,9 @@ import contextlib
 import gc
 import importlib
 import math
+import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -17,15 +17,21 @@ import torch
 from pydantic import ValidationError
 from torch import distributed
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as library_logging
 
-from flowmesh_core import ContractError, CrashError, ExecutionError, ExecutorUnavailableError
+from flowmesh_core import (
+    ContractError,
+    CrashError,
+    ExecutionError,
+    ExecutorUnavailableError,
+    InputError,
+)
 from flowmesh_trl.arguments import build_arguments
-from flowmesh_trl.callbacks import Reporter, StopAtStepEnd
+from flowmesh_trl.callbacks import AlreadyDone, Reporter, StopAtStepEnd
 from flowmesh_trl.job import Link, TrainingJob
-from flowmesh_trl.parts import Parts, gather_parts
+from flowmesh_trl.parts import Parts, gather_parts, widen_trained
 from flowmesh_trl.plot import draw_loss
+from flowmesh_trl.resume import latest_whole
 from flowmesh_trl.saving import mean_loss, save_final, trained_model, write_card, write_metrics
 from flowmesh_trl.spec import SPECS
 
@@ -44,7 +50,7 @@ def train(job: TrainingJob, link: Link) -> dict[str, Any]:
         The task's result, but for where its files will lie; the same in every rank.
 
     Raises:
-        InputError: Data, model or checkpoint cannot be used.
+        InputError: Data, model or checkpoint cannot be used, or there are too few rows.
         ContractError: TRL refuses what the document asks for.
         ExecutorUnavailableError: Something is missing here.
         CancelledError: ``link`` asked to stop; the checkpoint is in place.
@@ -93,10 +99,13 @@ def _run(job: TrainingJob, spec: Any, link: Link) -> dict[str, Any]:
     parts = gather_parts(job, spec, arguments, callbacks, link)
     trainer = _build_trainer(job, parts)
     try:
-        trainer.train(**({"resume_from_checkpoint": str(job.resume)} if job.resume else {}))
+        with contextlib.suppress(AlreadyDone):
+            trainer.train(**({"resume_from_checkpoint": str(job.resume)} if job.resume else {}))
+        _check_steps(trainer, rows=len(parts.dataset))
         _check_finite(trainer)
         return _finish(job, parts, trainer, seconds=time.monotonic() - begun)
     finally:
+        _end_tracking()
         del trainer, parts
         _free()
 
@@ -106,6 +115,8 @@ def _build_trainer(job: TrainingJob, parts: Parts) -> Any:
     with _refusals(job):
         trainer = module.build_trainer(job, parts)
     trainer.remove_callback(PrinterCallback)  # the log gets our own lines
+    if not trainer.is_deepspeed_enabled:  # it keeps long copies of its own
+        widen_trained(trainer.model, generates=job.task_type == "grpo")
     for config in getattr(trained_model(trainer), "peft_config", {}).values():
         config.base_model_name_or_path = None  # each checkpoint would ask the hub about it
     return trainer
@@ -186,6 +197,21 @@ def _last_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _check_steps(trainer: Any, *, rows: int) -> None:
+    """Refuse to call a training done that ran out of batches.
+
+    Raises:
+        InputError: It ended before its last step.
+    """
+    made, expected = trainer.state.global_step, max(trainer.state.max_steps, 1)
+    if made < expected:
+        raise InputError(
+            f"the training ended after {made} of {expected} steps: {rows} rows to train on made no "
+            "more batches; give more rows, or a smaller training.batch_size or "
+            "gradient_accumulation_steps"
+        )
+
+
 def _check_finite(trainer: Any) -> None:
     """Refuse to save what is no model any more.
 
@@ -216,6 +242,13 @@ def _trackers(job: TrainingJob, spec: Any, arguments: Any) -> list[Any]:
     return [TensorBoardCallback(SummaryWriter(str(job.folder / "artifacts" / "tensorboard")))]
 
 
+def _end_tracking() -> None:
+    """End the run that wandb keeps open, or the next task of this process would log into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
 def _shortage(exc: BaseException) -> str:
     """Return what the library said when memory ran out, or nothing when something else did."""
     text = " ".join(str(exc).split())
@@ -232,9 +265,7 @@ def _smaller(job: TrainingJob, spec: Any, shortage: str, link: Link) -> Training
     alone = not (distributed.is_available() and distributed.is_initialized())
     if not alone or spec.training.batch_size * job.batch_scale <= 1:
         raise CrashError(f"task {job.task_id}: memory ran out: {shortage}", oom=True)
-    last = job.folder / "checkpoints"
-    found = get_last_checkpoint(str(last)) if last.is_dir() else None
-    resume = Path(found) if found else job.resume
+    resume = latest_whole(job.folder / "checkpoints") or job.resume
     link.log(f"memory ran out; half the micro batch, from {resume.name if resume else 'the start'}")
     return attrs.evolve(job, batch_scale=job.batch_scale / 2, resume=resume)
 

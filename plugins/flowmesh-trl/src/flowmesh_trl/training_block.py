@@ -339,6 +339,12 @@ class GrpoTraining(TrainingBlock):
             )
 
 
+_UNKNOWN_TO_PPO = (
+    *("bf16", "fp16", "max_grad_norm"),
+    *("gradient_checkpointing", "activation_checkpointing"),
+)
+
+
 class PpoTraining(_Truncating):
     """``training`` of ``ppo``.
 
@@ -391,6 +397,11 @@ class PpoTraining(_Truncating):
             yield "early_stopping: TRL's PPO cannot leave a batch early; raise kl_coef instead"
         if self.target_kl is not None and self.early_stopping is None:
             yield "target_kl: TRL's PPO does not know it; leave it out, or set kl_coef"
+        for name in _UNKNOWN_TO_PPO:
+            if getattr(self, name, None):
+                yield f"{name}: TRL's PPO does not heed it; leave it out"
+        if self.save_strategy in ("epoch", "best"):
+            yield f"save_strategy {self.save_strategy!r}: TRL's PPO saves by steps, or not at all"
 
     def _mini_batch_conflicts(self) -> Iterator[str]:
         batch = self.batch_size * self.gradient_accumulation_steps
