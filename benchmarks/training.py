@@ -126,9 +126,7 @@ def compare(folder: Path, model: Path, steps: int, rounds: int) -> None:
         ratios.append(figures["ours"] / figures["by hand"])
         told = ", ".join(f"{side} {figures[side]:.2f} steps/s" for side in ("by hand", "ours"))
         print(f"round {number + 1}: {told}, ratio {ratios[-1]:.3f}", flush=True)
-    print(
-        f"median ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    )
+    print(f"median ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def run_ours(_folder: Path, out: Path, model: Path, steps: int) -> float:
