@@ -7,6 +7,7 @@ process where the executor runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -172,27 +173,33 @@ def resolve_inputs(
     unknown = set(wanted) - _GATHERED.keys()
     if unknown:
         raise PluginError(f"inputs must be of {', '.join(_GATHERED)}, got {', '.join(unknown)}")
+    found = _gather_all(
+        task.task_id,
+        {
+            **{name: partial(_GATHERED[name][1], gathering) for name in sorted(wanted)},
+            **{path: partial(gathering.model_at, path) for path in models},
+        },
+    )
+    further = {path: model for path in models if (model := found.pop(path)) is not None}
+    return Inputs(upstream=task.common.upstream, models=further, **found)
+
+
+def _gather_all(task_id: str, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Make every call, and tell all that failed in one error."""
     found: dict[str, Any] = {}
     problems: dict[str, FlowmeshError] = {}
-    for name in sorted(wanted):
+    for name, call in calls.items():
         try:
-            found[name] = _GATHERED[name][1](gathering)
+            found[name] = call()
         except FlowmeshError as exc:
             problems[name] = exc
-    further: dict[str, ModelRef] = {}
-    for path in models:
-        try:
-            if (model := gathering.model_at(path)) is not None:
-                further[path] = model
-        except FlowmeshError as exc:
-            problems[path] = exc
     if problems:
         texts = dict.fromkeys(_described(name, problem) for name, problem in problems.items())
         raise InputError(
-            f"task {task.task_id}: {'; '.join(texts)}",
+            f"task {task_id}: {'; '.join(texts)}",
             retriable=all(problem.retriable for problem in problems.values()),
         ) from next(iter(problems.values()))
-    return Inputs(upstream=task.common.upstream, models=further, **found)
+    return found
 
 
 @attrs.frozen(kw_only=True)
