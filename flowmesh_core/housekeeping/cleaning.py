@@ -39,6 +39,8 @@ _INTERVAL_S = 3600.0
 _BATCH = 64
 # Clocks of workers and of file servers differ.
 _SLACK_S = 60.0
+# A worker writes in its journal what it holds a moment after it has begun, later on a slow disk.
+_UNSAID_S = 10.0
 
 
 @attrs.frozen(kw_only=True)
@@ -150,7 +152,11 @@ class Housekeeping:
     def _is_given_up(self, leftover: Leftover) -> bool:
         """Whether what was not reported goes."""
         ours = leftover.is_of_its_task and leftover.folder.is_relative_to(self._root)
-        return self._limits.unreported and ours and self._is_old(measure(leftover).changed_at)
+        if not (self._limits.unreported and ours):
+            return False
+        changed_at = measure(leftover).changed_at
+        begun_just_now = self._clock() - changed_at < _UNSAID_S and self._history.has_living
+        return self._is_old(changed_at) and not begun_just_now
 
     def _is_old(self, at: float) -> bool:
         age_s = self._limits.older_than_s

@@ -75,6 +75,11 @@ class History:
                     begun_at = min(begun_at, mark.lstat().st_mtime if is_alive(mark) else math.inf)
             yield worker, begun_at
 
+    @property
+    def has_living(self) -> bool:
+        """Whether any worker of this folder lives."""
+        return any(begun_at < math.inf for _, begun_at in self.list_workers())
+
     def _list_folders(self) -> list[Path]:
         try:
             with os.scandir(self._workers) as entries:

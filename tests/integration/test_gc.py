@@ -71,6 +71,8 @@ class Fleet:
                     message = pubsub.get_message(timeout=0.5)
                     event = json.loads(message["data"]) if message else {}
                     ours = event.get("task_id") == task_id and event["type"] in ENDS
+                    if ours and event["error"]:
+                        print(task_id, event["error"])  # shown when the test fails
                     return str(event["type"]) if ours else ""
 
                 return str(wait_for(ended))

@@ -357,6 +357,15 @@ def test_what_is_given_up_must_be_old_and_a_tasks(place: Place) -> None:
     assert place.names() == {"my-model"}
 
 
+def test_what_a_living_worker_may_have_just_begun_is_not_given_up(place: Place) -> None:
+    limits = Limits(older_than_s=0, unreported=True)
+    place.begin("t1")
+    place.ahead_s = 5  # its worker has not written yet what it holds
+    assert place.clean(limits) == set()
+    place.journal.close()
+    assert place.clean(limits) == {"t1"}
+
+
 # Races.
 
 

@@ -420,7 +420,8 @@ async def main(marker, *argv):
             [*argv, marker], env={}, cwd=Path("/"), control=null, stdout=1, stderr=2
         )
         minders.append(child.minder_pid)
-    print("keeper", keeper.pid, *minders, flush=True)
+    line = " ".join(map(str, ["keeper", keeper.pid, *minders]))
+    os.write(1, f"{line}\n".encode())  # at once: the children write there too
     await asyncio.sleep(600)
 
 asyncio.run(main(*sys.argv[1:]))
@@ -445,12 +446,14 @@ def worker() -> Iterator[Worker]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout
-        lines = sorted(process.stdout.readline().split() for _ in range(3))
-        (_, keeper, *minders), *ups = lines
-        assert ups == [["up"], ["up"]]
-        yield Worker(process, marker, int(keeper), [int(pid) for pid in minders])
-        process.kill()
+        try:
+            assert process.stdout
+            lines = sorted(process.stdout.readline().split() for _ in range(3))
+            (_, keeper, *minders), *ups = lines
+            assert ups == [["up"], ["up"]]
+            yield Worker(process, marker, int(keeper), [int(pid) for pid in minders])
+        finally:
+            process.kill()
 
 
 def test_nothing_outlives_a_worker_that_was_killed(worker: Worker) -> None:
