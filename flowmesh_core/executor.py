@@ -19,6 +19,7 @@ from flowmesh_core.inputs import Inputs
 
 __all__ = [
     "API_VERSION",
+    "OWNER_FIELDS",
     "Artifact",
     "Capability",
     "ChildTask",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 API_VERSION = "1.0"
+# Members of ``metadata`` that say whose a task is: nothing is shared across them.
+OWNER_FIELDS = ("owner", "namespace", "tenant")
 _TARGET = re.compile(r"[\w.]+:\w+\Z")
 
 
@@ -88,15 +91,17 @@ class ExecutorInfo:
             ``adapters``, ``checkpoint``.
         models: Paths into ``spec`` of blocks that name further models, like ``reward_model``.
         engine_key: Paths into ``spec``; tasks that agree on them share a loaded engine.
+            ``model.adapters[apply=merge]`` looks at those entries of a list only.
         group_key: Paths into ``spec``; tasks that agree on them may run as one group.
         model_formats: ``gguf``, ``hf``: what it loads; empty means it loads no model.
         default_model: Environment variable that names the model of tasks that name none.
         variables: Environment variables that its child process keeps; ``NAME_*`` keeps all that
-            begin so.
+            begin so, and ``NAME=value`` sets what the operator has not set.
         environment: Name of the virtual environment that it was found in; empty for the worker's
             own. Set by discovery, not by authors.
         missing: Packages of ``needs`` that this environment lacks. Set as above.
         priority: Rank among executors of one task type; higher is preferred.
+        cpu_priority: The same where it would run on the CPU; ``priority`` when not given.
     """
 
     name: str
@@ -121,6 +126,7 @@ class ExecutorInfo:
     environment: str = ""
     missing: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     priority: int = 0
+    cpu_priority: int | None = None
 
     def __attrs_post_init__(self) -> None:
         problems = []
@@ -137,6 +143,10 @@ class ExecutorInfo:
     def needs_gpu(self) -> bool:
         """Whether it cannot run without a GPU."""
         return Capability.GPU in self.capabilities and Capability.CPU not in self.capabilities
+
+    def rank(self, *, on_gpu: bool) -> int:
+        """Return its priority where it would run."""
+        return self.priority if on_gpu or self.cpu_priority is None else self.cpu_priority
 
     def to_dict(self) -> dict[str, Any]:
         """Return the declaration as JSON data, sets sorted."""
@@ -325,6 +335,12 @@ class RunContext:
         default=_no_children, repr=False
     )
 
+    @property
+    def owner(self) -> str:
+        """Whose task it is, as its metadata say; empty when they do not."""
+        named = [self.metadata.get(name) for name in OWNER_FIELDS]
+        return json.dumps(named) if any(named) else ""
+
     def progress(
         self,
         fraction: float | None = None,
@@ -435,5 +451,24 @@ class Executor(abc.ABC):
     def load(self, ctx: RunContext) -> None:  # noqa: B027 - light executors load nothing
         """Load the engine; called once, before the first ``run``, with that task's context."""
 
+    def sleep(self) -> bool | Awaitable[bool]:
+        """Give back what can be given of the GPUs' memory, and keep what makes waking quick.
+
+        Called in a child only, never while a task runs, when another engine needs the room: on
+        the main thread or, when ``run`` is a coroutine, on its loop. Host memory may grow. What
+        comes next is ``wake`` or ``unload``.
+
+        Returns:
+            Whether it sleeps. If not, or when this raises or takes 30 seconds, its process ends.
+        """
+        return False
+
+    def wake(self) -> Awaitable[None] | None:
+        """Undo ``sleep``; called as that is, before the next task, which fails if this raises."""
+        return None
+
     def unload(self) -> None:  # noqa: B027 - as above
-        """Free what ``load`` took. Comes even after ``run`` raised, and may come twice."""
+        """Free what ``load`` took, asleep or not.
+
+        Comes even after ``run`` raised, and may come twice.
+        """

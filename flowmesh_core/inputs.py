@@ -6,7 +6,8 @@ process where the executor runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,6 +98,16 @@ class Inputs:
             adapters=tuple(attrs.evolve(a, path=places[a.path]) for a in self.adapters),
         )
 
+    def weights_state(self) -> str:
+        """Return what changes when the weights that lie on this machine are replaced.
+
+        What was brought here for this task alone, by its address, does not count.
+        """
+        named = [self.model.path if self.model else None, self.checkpoint]
+        named += [adapter.path for adapter in self.adapters if adapter.apply == "merge"]
+        lasting = (path for path in named if path is not None and ".inputs" not in path.parts)
+        return ";".join(state for path in lasting for state in _state(path))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the inputs as JSON data."""
         return {
@@ -121,6 +132,15 @@ class Inputs:
             adapters=tuple(map(AdapterRef.from_dict, data["adapters"])),
             upstream=data["upstream"],
         )
+
+
+def _state(path: Path) -> Iterator[str]:
+    """Yield the state of a file, or of each file of a folder, without reading any."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        with contextlib.suppress(OSError):  # who loads it will say so
+            status = file.stat()
+            yield f"{file.name} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
 def _moved_model(model: ModelRef, places: Mapping[Path, Path]) -> ModelRef:

@@ -17,11 +17,10 @@ from typing import Any
 
 from flowmesh_core.contract import Envelope, Task
 from flowmesh_core.errors import FlowmeshError, MergeError
-from flowmesh_core.executor import Capability, ExecutorInfo, Outcome
+from flowmesh_core.executor import OWNER_FIELDS, Capability, ExecutorInfo, Outcome
 from flowmesh_core.wire import encode_json, value_at
 
 __all__ = [
-    "OWNER_FIELDS",
     "canonical_json",
     "engine_key",
     "failure_document",
@@ -31,8 +30,6 @@ __all__ = [
     "work_key",
 ]
 
-# Members of ``metadata`` that say whose a task is: nothing is shared across them.
-OWNER_FIELDS = ("owner", "namespace", "tenant")
 # What an answer does not depend on.
 _ABOUT_DELIVERY = {"output", "postprocess", "priority", "resources", "timeoutSec", "timeout_s"}
 _USAGE = ("prompt_tokens", "completion_tokens", "total_tokens", "num_requests")

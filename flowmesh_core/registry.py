@@ -136,7 +136,8 @@ class ExecutorRegistry:
         usable = [info for info in declared if not reasons[info.name]]
         if not usable:
             raise _unavailable(task_type, declared, reasons)
-        ranked = sorted(usable, key=lambda info: self._rank(task_type, info))
+        on_gpu = bool(self._gpu_count) and not enforce_cpu
+        ranked = sorted(usable, key=lambda info: self._rank(task_type, info, on_gpu=on_gpu))
         return self._pick(task_type, spec, ranked)
 
     def _why_not(
@@ -163,11 +164,13 @@ class ExecutorRegistry:
             return f"loads {loads} models, and spec.model.source is {found}"
         return ""
 
-    def _rank(self, task_type: str, info: ExecutorInfo) -> tuple[int, bool, int, str]:
+    def _rank(
+        self, task_type: str, info: ExecutorInfo, *, on_gpu: bool
+    ) -> tuple[int, bool, int, str]:
         preferred = list(self._preferences.get(task_type, ()))
         place = preferred.index(info.name) if info.name in preferred else len(preferred)
-        uses_gpu = bool(self._gpu_count) and Capability.GPU in info.capabilities
-        return (place, not uses_gpu, -info.priority, info.name)
+        uses_gpu = on_gpu and Capability.GPU in info.capabilities
+        return (place, not uses_gpu, -info.rank(on_gpu=uses_gpu), info.name)
 
     def _pick(
         self, task_type: str, spec: Mapping[str, Any], ranked: Sequence[ExecutorInfo]

@@ -21,9 +21,9 @@ import attrs
 from flowmesh_core.bounded_folder import BoundedFolder
 from flowmesh_core.contract import Task
 from flowmesh_core.errors import ContractError
-from flowmesh_core.executor import ExecutorInfo, Outcome
+from flowmesh_core.executor import OWNER_FIELDS, ExecutorInfo, Outcome
 from flowmesh_core.inputs import Inputs
-from flowmesh_core.merge import OWNER_FIELDS, canonical_json, work_key
+from flowmesh_core.merge import canonical_json, work_key
 from flowmesh_core.plugins import code_version, installed_version
 from flowmesh_core.wire import decode_json, encode_json, utc_now
 

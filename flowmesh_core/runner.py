@@ -34,10 +34,17 @@ from flowmesh_core.errors import (
     FlowmeshError,
     PluginError,
 )
-from flowmesh_core.executor import Capability, ExecutorInfo, Outcome, RunContext, RunResult
+from flowmesh_core.executor import (
+    OWNER_FIELDS,
+    Capability,
+    ExecutorInfo,
+    Outcome,
+    RunContext,
+    RunResult,
+)
 from flowmesh_core.inputs import Inputs
 from flowmesh_core.masking import SecretMask
-from flowmesh_core.merge import group_key, work_key
+from flowmesh_core.merge import canonical_json, group_key, work_key
 from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error
 from flowmesh_core.plugins import Plugins
@@ -242,16 +249,64 @@ class Runner:
                 task_id, outcome = await done
                 yield task_id, outcome, task_id in copies or task_id in self._cached
             return
-        works = [work_key(task) if len(members) > 1 else None for task, _ in members]
-        copied: dict[str, Outcome] = {}
-        for number, (task, attempt) in enumerate(members):
-            same = copied.get(task.task_id)
-            outcome = same or await self.run(task, attempt, reservation)
-            if outcome.ok and works[number] and same is None:
-                later = zip(members[number + 1 :], works[number + 1 :], strict=True)
-                equal = [member for member, work in later if work == works[number]]
-                copied |= await self._copy(attempt, outcome, equal)
-            yield task.task_id, outcome, same is not None or task.task_id in self._cached
+        answers = {task.task_id: asyncio.get_running_loop().create_future() for task, _ in members}
+        answering = asyncio.ensure_future(self._answer_all(members, reservation, answers))
+        try:
+            for answer in asyncio.as_completed([*answers.values()]):
+                yield await answer
+        finally:
+            answering.cancel()
+            await asyncio.wait([answering])
+
+    async def _answer_all(
+        self,
+        members: Sequence[tuple[Task, Attempt]],
+        reservation: Reservation,
+        answers: Mapping[str, asyncio.Future[tuple[str, Outcome, bool]]],
+    ) -> None:
+        """Do distinct work at once where every executor takes several tasks, else in turn."""
+        works: dict[object, list[tuple[Task, Attempt]]] = {}
+        for task, attempt in members:
+            work = work_key(task)
+            owner = [task.metadata.get(name) for name in OWNER_FIELDS]
+            key = canonical_json([owner, work]) if work else task.task_id
+            works.setdefault(key, []).append((task, attempt))
+        answer_equal = functools.partial(
+            self._answer_equal, reservation=reservation, answers=answers
+        )
+        try:
+            if all(self._takes_several(task) for task, _ in members):
+                await asyncio.gather(*map(answer_equal, works.values()))
+            else:
+                for equal in works.values():
+                    await answer_equal(equal)
+        except Exception as exc:  # noqa: BLE001 - nobody waits for ever for an answer
+            for answer in answers.values():
+                if not answer.done():
+                    answer.set_exception(exc)
+
+    def _takes_several(self, task: Task) -> bool:
+        try:
+            return Capability.CONCURRENT in self._resolve(task).capabilities
+        except FlowmeshError:  # it will be told when it runs
+            return True
+
+    async def _answer_equal(
+        self,
+        members: Sequence[tuple[Task, Attempt]],
+        reservation: Reservation,
+        answers: Mapping[str, asyncio.Future[tuple[str, Outcome, bool]]],
+    ) -> None:
+        """Run the first of members with the same work; the others get what it got, if it did."""
+        while members:
+            (task, attempt), *same = members
+            outcome = await self.run(task, attempt, reservation)
+            copied = await self._copy(attempt, outcome, same) if outcome.ok else {}
+            for task_id, copy in copied.items():
+                answers[task_id].set_result((task_id, copy, True))
+            cached = task.task_id in self._cached
+            answers[task.task_id].set_result((task.task_id, outcome, cached))
+            members = [member for member in same if member[0].task_id not in copied]
 
     async def _named(
         self, task: Task, attempt: Attempt, reservation: Reservation

@@ -146,35 +146,41 @@ class Checkpoint(OpenBlock):
 
 
 class ResponseFormat(StrictBlock):
-    """``inference.response_format`` in OpenAI's spelling: what the answer must look like.
+    """``inference.response_format``: what the answer must look like, in OpenAI's spelling.
 
-    The schema stands under ``json_schema.schema``, or directly under ``schema``.
+    The schema stands under ``json_schema.schema``, or directly under ``schema``. ``regex`` and
+    ``choice`` go beyond OpenAI's; not every engine can hold its answers to them.
     """
 
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema", "regex", "choice"] = "text"
     json_schema: dict[str, Any] | None = Field(
         default=None, validation_alias=AliasChoices("json_schema", "schema")
     )
+    regex: str | None = None
+    choice: list[str] | None = None
 
     @model_validator(mode="after")
-    def _needs_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and not self.json_schema:
-            raise ValueError('json_schema is required when type is "json_schema"')
+    def _needs_its_form(self) -> ResponseFormat:
+        if self.type in ("json_schema", "regex", "choice") and not getattr(self, self.type):
+            raise ValueError(f'{self.type} is required when type is "{self.type}"')
         return self
 
     @property
     def schema_object(self) -> dict[str, Any] | None:
-        """The JSON schema itself; ``{"type": "object"}`` for ``json_object``; None for text."""
+        """The JSON schema itself; ``{"type": "object"}`` for ``json_object``; else None."""
         if self.type == "json_object":
             return {"type": "object"}
-        if self.type == "text" or self.json_schema is None:
+        if self.type != "json_schema" or self.json_schema is None:
             return None
         inner = self.json_schema.get("schema")
         return inner if isinstance(inner, dict) else self.json_schema
 
 
 class InferenceParams(StrictBlock):
-    """``inference``: sampling and prompting, in the field's usual units and ranges."""
+    """``inference``: sampling and prompting, in the field's usual units and ranges.
+
+    ``stream`` asks for what has been written so far as progress, where an engine can tell.
+    """
 
     temperature: float = Field(default=0.7, ge=0)
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -191,6 +197,7 @@ class InferenceParams(StrictBlock):
     n: int = Field(default=1, ge=1, le=64)
     do_sample: bool | None = None
     logprobs: int | None = Field(default=None, ge=0)
+    stream: bool = False
     system_prompt: str | None = Field(
         default=None, validation_alias=AliasChoices("system_prompt", "systemPrompt")
     )
@@ -265,10 +272,15 @@ class Usage(OpenBlock):
 
 
 class Choice(OpenBlock):
-    """One of ``n`` answers to a prompt."""
+    """One of ``n`` answers to a prompt.
+
+    ``logprobs`` has one entry per token: ``token``, its natural ``logprob`` and the likeliest
+    others in ``top_logprobs``, as OpenAI has them.
+    """
 
     output: str
     finish_reason: Literal["stop", "length"] | None = None
+    logprobs: list[dict[str, Any]] | None = None
 
 
 class InferenceItem(Choice):

@@ -31,11 +31,23 @@ def decode_json(text: bytes | str) -> Any:
 
 
 def value_at(document: Mapping[str, Any], path: str) -> Any:
-    """Return what stands at a dotted path; None when a part of it is not there."""
+    """Return what stands at a dotted path; None when a part of it is not there.
+
+    ``steps[kind=test]`` stands for those entries of the list ``steps`` whose ``kind`` is ``test``;
+    None when there are none.
+    """
     value: Any = document
     for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        name, _, condition = part.partition("[")
+        value = value.get(name) if isinstance(value, Mapping) else None
+        if condition:
+            value = _entries(value, *condition.rstrip("]").split("=")) or None
     return value
+
+
+def _entries(values: Any, key: str, wanted: str) -> list[Any]:
+    entries = values if isinstance(values, list) else []
+    return [one for one in entries if isinstance(one, Mapping) and one.get(key) == wanted]
 
 
 def encode_json(value: Any, *, indent: int | None = None) -> bytes:

@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import attrs
 
@@ -38,7 +38,8 @@ from flowmesh_core.places.settle import answer_group, as_execution_error, as_out
 __all__ = ["CONTROL_FD", "PROTOCOL_VERSION", "main"]
 
 CONTROL_FD = 3
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+_log = logging.getLogger(__name__)
 _CHUNK = 65536
 _LOST = 70
 
@@ -104,6 +105,12 @@ class _Run:
             self.interrupt()
 
 
+# Tasks that begin together, the wish to sleep, or the end.
+_Item = list[_Run] | Literal["sleep"] | None
+# What a method of the executor answered, or raised.
+_Done = tuple[object, BaseException | None]
+
+
 class _Child:
     """The process's state.
 
@@ -115,9 +122,10 @@ class _Child:
     def __init__(self, connection: Connection, info: ExecutorInfo) -> None:
         self._connection = connection
         self._info = info
-        self._inbox: queue.SimpleQueue[list[_Run] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._runs: dict[int, _Run] = {}
-        self._wake: Callable[[], object] = lambda: None
+        self._nudge: Callable[[], object] = lambda: None
+        self._asleep = False
         self._settings: Any = None
         self._pid = os.getpid()
         self._spec_model: Any = None
@@ -144,6 +152,8 @@ class _Child:
             group = message["group"]
             if all(member in self._runs for member in group):
                 self._put([self._runs[member] for member in group])
+        elif what == "sleep":
+            self._put("sleep")
         elif what == "unload":
             self._put(None)
         elif run := self._runs.get(channel):
@@ -155,35 +165,69 @@ class _Child:
             else:
                 _resolve(run.children.pop(message["number"]), message["outcome"])
 
-    def _put(self, group: list[_Run] | None) -> None:
-        self._inbox.put(group)
-        self._wake()
+    def _put(self, item: _Item) -> None:
+        self._inbox.put(item)
+        self._nudge()
 
     # On the main thread.
 
     def serve(self) -> None:
         """Load the engine for the first task, then answer tasks until told to unload."""
-        first = self._inbox.get()
-        if first is None:
+        loaded: tuple[Executor | None, list[_Run] | None] | None = None
+        while loaded is None:
+            waiting = self._await_tasks()
+            if waiting is None:
+                return
+            loaded = self._load(waiting)
+        executor, first = loaded
+        if executor is None:
             return
-        executor: Executor | None = None
-        first = [run for run in first if run.begin()]
-        try:
-            cls = self._load_class()
-            executor = cls(self._settings)
-            if first:
-                executor.load(self._context(first[0]))
-        except BaseException as exc:  # noqa: BLE001 - executor boundary
-            for run in first:
-                self._say_outcome(run, Outcome(error=self._as_error(run, exc)), usable=False)
-        else:
-            if inspect.iscoroutinefunction(executor.run):
-                asyncio.run(self._serve_coroutines(executor, first))
+        if first is not None and inspect.iscoroutinefunction(executor.run):
+            asyncio.run(self._serve_coroutines(executor, first))
+        elif first is not None:
+            self._serve_in_turn(executor, first)
+        _unload(executor)
+
+    def _await_tasks(self) -> list[_Run] | None:
+        """Return the next tasks that nobody has cancelled; None when told to unload."""
+        waiting: list[_Run] = []
+        while not waiting:  # what was cancelled meanwhile loads nothing
+            item = self._inbox.get()
+            if item is None:
+                return None
+            if item == "sleep":
+                self._note_sleep(False, None)
             else:
-                self._serve_in_turn(executor, first)
-        if executor is not None:
-            with contextlib.suppress(SystemExit, KeyboardInterrupt):
-                executor.unload()
+                waiting = [run for run in item if not run.begun]
+        return waiting
+
+    def _load(self, waiting: list[_Run]) -> tuple[Executor | None, list[_Run] | None] | None:
+        """Load the engine for tasks.
+
+        Returns:
+            The executor, and the tasks, or None instead of them when it cannot be loaded. None
+            when that is due to these tasks alone, so that it may be loaded for others.
+        """
+        run, executor, begun = waiting[0], None, list[_Run]()
+        try:
+            executor = self._load_class()(self._settings)
+            ctx = self._first_context(run)
+            # Several share an engine: a cancel is answered at once, and the others wait on.
+            shared = inspect.iscoroutinefunction(executor.run)
+            begun = [] if shared else _begin(waiting)
+            executor.load(ctx)
+        except _SpecError as exc:
+            self._fail(_begin([run]), exc.error, usable=True)
+            return self._load(waiting[1:]) if waiting[1:] else None
+        except BaseException as exc:  # noqa: BLE001 - executor boundary
+            if executor is not None and run.begun and not begun:
+                # It was cancelled meanwhile, and what it had brought may be gone.
+                _log.warning("executor %s: %s", self._info.name, exc)
+                _unload(executor)
+                return None
+            self._fail([*begun, *_begin(waiting)], exc)
+            return executor, None
+        return executor, [*begun, *_begin(waiting)]
 
     def _load_class(self) -> type[Executor]:
         from flowmesh_core.importing import import_target  # noqa: PLC0415 - not before it is needed
@@ -204,12 +248,50 @@ class _Child:
                 self._answer(executor, group[0])
             elif group:
                 self._answer_group(executor, group)
-            group = self._next()
+            item = self._inbox.get()
+            due = self._due(executor, item)
+            group = self._begin_next(item, due and _attempt(due))
 
-    def _next(self) -> list[_Run] | None:
-        """Wait for the next tasks and begin those that nobody has cancelled meanwhile."""
-        group = self._inbox.get()
-        return None if group is None else [run for run in group if run.begin()]
+    def _due(
+        self, executor: Executor, item: _Item, *, busy: bool = False
+    ) -> Callable[[], object] | None:
+        """Return what the executor must do first: fall asleep, wake, or nothing."""
+        if item == "sleep":
+            return None if self._asleep or busy else executor.sleep
+        wanted = item is not None and not all(run.begun for run in item)
+        return executor.wake if self._asleep and wanted else None
+
+    def _begin_next(self, item: _Item, done: _Done | None) -> list[_Run] | None:
+        """Begin what nobody has cancelled, now that the executor did its part.
+
+        Returns:
+            The tasks, or None when the engine is to be unloaded.
+        """
+        if item is None:
+            return None
+        if item == "sleep":
+            self._note_sleep(*(done or (self._asleep, None)))
+            return []
+        if done is not None:
+            _, error = done
+            if error is not None:
+                self._fail(_begin(item), error)
+                return None
+            self._asleep = False
+            self._say(0, "awake")
+        return _begin(item)
+
+    def _note_sleep(self, answer: object, error: BaseException | None) -> None:
+        if error is not None:
+            _log.error("executor %s: sleep raised", self._info.name, exc_info=error)
+        self._asleep = bool(answer)
+        _flush_output()
+        self._say(0, "asleep", done=self._asleep)
+
+    def _fail(self, group: list[_Run], exc: BaseException, *, usable: bool = False) -> None:
+        """Answer tasks whose engine could not be loaded, or did not wake."""
+        for run in group:
+            self._say_outcome(run, Outcome(error=self._as_error(run, exc)), usable=usable)
 
     def _answer_group(self, executor: Executor, group: list[_Run]) -> None:
         runs = {run.task["task_id"]: run for run in group}
@@ -237,7 +319,7 @@ class _Child:
     async def _serve_coroutines(self, executor: Executor, group: list[_Run] | None) -> None:
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
+        self._nudge = lambda: loop.call_soon_threadsafe(arrived.set)
         tasks: set[asyncio.Task[None]] = set()
         while group is not None:
             for run in group:
@@ -249,7 +331,10 @@ class _Child:
                 arrived.clear()
                 if self._inbox.empty():
                     await arrived.wait()
-            group = self._next()
+            item = self._inbox.get()
+            # What the worker has given up may still run here.
+            due = self._due(executor, item, busy=not all(task.done() for task in tasks))
+            group = self._begin_next(item, due and await _attempt_on_loop(due))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -263,6 +348,12 @@ class _Child:
         except BaseException as exc:  # noqa: BLE001 - executor boundary
             outcome = Outcome(error=self._as_error(run, exc))
         self._say_outcome(run, outcome)
+
+    def _first_context(self, run: _Run) -> RunContext:
+        try:
+            return self._context(run)
+        except FlowmeshError as exc:
+            raise _SpecError(exc) from exc
 
     def _context(self, run: _Run) -> RunContext:
         task, channel = run.task, run.channel
@@ -331,8 +422,44 @@ class _Child:
             self._say(run.channel, "outcome", outcome=Outcome(error=error).to_dict(), usable=usable)
 
 
+class _SpecError(Exception):
+    """A task's spec is refused by the model of this environment alone."""
+
+    def __init__(self, error: FlowmeshError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _unload(executor: Executor) -> None:
+    with contextlib.suppress(SystemExit, KeyboardInterrupt):
+        executor.unload()
+
+
+def _begin(group: list[_Run]) -> list[_Run]:
+    """Begin the tasks that nobody has cancelled meanwhile."""
+    return [run for run in group if run.begin()]
+
+
 async def _await(answer: Any) -> Any:
     return await answer
+
+
+def _attempt(method: Callable[[], Any]) -> _Done:
+    """Return what a method of the executor answers, or what it raises."""
+    try:
+        answer = method()
+        return asyncio.run(_await(answer)) if inspect.isawaitable(answer) else answer, None
+    except BaseException as exc:  # noqa: BLE001 - executor boundary
+        return None, exc
+
+
+async def _attempt_on_loop(method: Callable[[], Any]) -> _Done:
+    """Do the same on the loop of a coroutine ``run``."""
+    try:
+        answer = method()
+        return await answer if inspect.isawaitable(answer) else answer, None
+    except BaseException as exc:  # noqa: BLE001 - executor boundary
+        return None, exc
 
 
 def _flush_output() -> None:

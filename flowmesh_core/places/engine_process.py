@@ -42,6 +42,7 @@ _UNLOAD_S = 10.0
 _KILL_S = 15.0
 _SWEEP_S = 1.0
 _HANG_UP_S = 0.5
+_SLEEP_S = 30.0
 # Nothing of the working folder is importable: a folder named like a library would hide it.
 _MAIN = "import sys; sys.path[:1] = []; from flowmesh_core.places.child import main; main()"
 
@@ -90,6 +91,10 @@ class EngineProcess:
     def __init__(self, info: ExecutorInfo, context: PlaceContext) -> None:
         self.info = info
         self.users = 0
+        # Held while it falls asleep, and while its next task waits for room.
+        self.turn = asyncio.Lock()
+        self.asleep = False
+        self.gave_back: Mapping[str, int] = {}
         self.served = 0
         self.started: asyncio.Future[None]
         self.expiry: asyncio.TimerHandle | None = None
@@ -102,6 +107,8 @@ class EngineProcess:
         self._conversations: dict[int, _Conversation] = {}
         self._channels = itertools.count(1)
         self._distrusted = ""
+        self._answered: asyncio.Future[None] | None = None
+        self._resting = False
         self._swept = 0.0
         self._sweep_due = False
 
@@ -211,6 +218,7 @@ class EngineProcess:
             job.ctx.check()  # the wish to stop may be older than the process
             self._limit_memory()
             self._send(channel, {"do": "run", "group": group, **_describe(job)})
+            self.asleep = False  # it wakes by itself
             outcome, usable = await conversation.answer
             if not usable:
                 self.usable, self._unusable = False, outcome.error
@@ -250,7 +258,27 @@ class EngineProcess:
     def _limit_memory(self) -> None:
         limits = [conversation.job.memory_bytes for conversation in self._conversations.values()]
         known = [limit for limit in limits if limit is not None]
-        self._watch.limit_bytes = max(known) if len(known) == len(limits) else None
+        bounded = len(known) == len(limits) and not self._resting
+        self._watch.limit_bytes = max(known, default=None) if bounded else None
+
+    async def sleep(self) -> bool:
+        """Ask the executor to give back its GPUs' memory; comes while no task runs.
+
+        What it keeps moves to the host, beyond any task's limit, until it is awake again.
+
+        Returns:
+            Whether it says that it sleeps. One that does not answer in time is ended.
+        """
+        answered = self._answered = self._loop.create_future()
+        over: set[asyncio.Future[Any]] = {answered, self._ended}
+        self._resting = True
+        self._limit_memory()
+        self._send(0, {"do": "sleep"})
+        done, _ = await asyncio.wait(over, timeout=_SLEEP_S, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            self.distrust(f"it did not fall asleep within {_SLEEP_S:g} s")
+            await asyncio.wait([self._ended], timeout=_KILL_S)
+        return self.asleep and self.usable
 
     # What the child says.
 
@@ -259,6 +287,8 @@ class EngineProcess:
         what = message["say"]
         if what == "refused":
             return self.distrust(FlowmeshError.from_dict(message["error"]).args[0])
+        if what in ("asleep", "awake"):
+            return self._note_sleep(what, message)
         conversation = self._conversations.get(channel)
         if conversation is None or conversation.answer.done():
             return None  # of a task that was given up
@@ -278,6 +308,15 @@ class EngineProcess:
             outcome = Outcome.from_dict(message["outcome"])
             conversation.answer.set_result((outcome, message["usable"]))
         return None
+
+    def _note_sleep(self, what: str, message: Mapping[str, Any]) -> None:
+        if what == "awake":
+            self._resting = False
+            self._limit_memory()
+        elif self._answered is not None and not self._answered.done():
+            # It wakes for what was sent meanwhile.
+            self.asleep = message["done"] and not self._conversations
+            self._answered.set_result(None)
 
     def _start_child(
         self, channel: int, conversation: _Conversation, message: Mapping[str, Any]

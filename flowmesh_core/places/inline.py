@@ -57,7 +57,7 @@ class InlinePlace(Place):
     async def run(self, job: Job) -> Outcome:
         """Run one task; tasks of one engine take turns unless it is CONCURRENT."""
         info, ctx = job.info, job.ctx
-        key = (info.name, engine_key(info, ctx.raw_spec))
+        key = (info.name, f"{engine_key(info, ctx.raw_spec)} {ctx.inputs.weights_state()}")
         engine = self._engines.get(key)
         if engine is None:
             engine = self._engines[key] = _Engine(Capability.CONCURRENT in info.capabilities)

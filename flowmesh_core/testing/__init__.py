@@ -1,8 +1,9 @@
 """What authors and operators test with; each name is loaded on first use.
 
 ``run_task`` runs an executor without a queue; ``RedisServer``, ``WorkerProcess`` and
-``StandInOrchestrator`` are the real surroundings of a worker. The pytest fixtures of
-``flowmesh_core.testing.fixtures`` are there as soon as the package is installed.
+``StandInOrchestrator`` are the real surroundings of a worker; ``build_tiny_llama``, ``build_lora``
+and ``build_smollm2`` make real models. The pytest fixtures of ``flowmesh_core.testing.fixtures``
+are there as soon as the package is installed.
 """
 
 from __future__ import annotations
@@ -13,17 +14,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.testing.harness import TaskRun as TaskRun
     from flowmesh_core.testing.harness import run_task as run_task
+    from flowmesh_core.testing.models import build_lora as build_lora
+    from flowmesh_core.testing.models import build_smollm2 as build_smollm2
+    from flowmesh_core.testing.models import build_tiny_llama as build_tiny_llama
     from flowmesh_core.testing.orchestrator import StandInOrchestrator as StandInOrchestrator
     from flowmesh_core.testing.redis_server import RedisServer as RedisServer
     from flowmesh_core.testing.worker_process import WorkerProcess as WorkerProcess
 
-__all__ = ["RedisServer", "StandInOrchestrator", "TaskRun", "WorkerProcess", "run_task"]
+__all__ = [
+    "RedisServer",
+    "StandInOrchestrator",
+    "TaskRun",
+    "WorkerProcess",
+    "build_lora",
+    "build_smollm2",
+    "build_tiny_llama",
+    "run_task",
+]
 
 _HOME = {
     "RedisServer": "redis_server",
     "StandInOrchestrator": "orchestrator",
     "TaskRun": "harness",
     "WorkerProcess": "worker_process",
+    "build_lora": "models",
+    "build_smollm2": "models",
+    "build_tiny_llama": "models",
     "run_task": "harness",
 }
 

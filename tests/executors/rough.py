@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from flowmesh_core import (
     Capability,
+    CrashError,
     ExecutionError,
     Executor,
     ExecutorInfo,
@@ -186,6 +187,11 @@ def do_look_around(ctx: RunContext) -> Any:
     }
 
 
+def do_lose_engine(ctx: RunContext) -> None:
+    """Say that what this process had started has died."""
+    raise CrashError("the engine has died", exit_code=9)
+
+
 def do_cuda_oom(ctx: RunContext) -> None:
     raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -243,6 +249,9 @@ class Together(Executor):
             os._exit(7)
         if ctx.spec.get("deaf"):
             time.sleep(60)
+        if ctx.spec.get("lose_engine"):
+            await asyncio.sleep(ctx.spec["lose_engine"])
+            raise CrashError("the engine has died")
         print(f"from {ctx.task_id}")
         await asyncio.sleep(ctx.spec.get("s", 0.2))
         return {"pid": os.getpid()}
@@ -302,6 +311,8 @@ class Groups(Executor):
             do = ctx.spec.get("do")
             if do == "fail":
                 yield ctx.task_id, Outcome(error=ExecutionError("this one alone"))
+            elif do == "lose_engine":
+                yield ctx.task_id, Outcome(error=CrashError("the engine has died"))
             elif do == "raise":
                 raise ValueError("everybody who waits")
             elif do == "die":

@@ -72,7 +72,7 @@ class Fleet:
                     event = json.loads(message["data"]) if message else {}
                     ours = event.get("task_id") == task_id and event["type"] in ENDS
                     if ours and event["error"]:
-                        print(task_id, event["error"])  # shown when the test fails
+                        sys.stdout.write(f"{task_id} {event['error']}\n")  # seen when it fails
                     return str(event["type"]) if ours else ""
 
                 return str(wait_for(ended))

@@ -593,3 +593,48 @@ def test_a_service_that_crashes_after_it_was_ready_hurts_nobody(
     reports = run_all(tmp_path, {"service": spec, "user": {}})
     assert all(report.ok for report in reports.values())
     assert "exit code 9" in caplog.text
+
+
+# What an executor itself had started.
+
+
+def test_an_executor_whose_own_engine_died_gets_a_new_process(tmp_path: Path) -> None:
+    nodes = {"a": {}, "lost": {"do": "lose_engine"}, "next": {}, "bad": {"do": "fail"}, "last": {}}
+    reports = run_all(tmp_path, nodes, in_turn=False, max_concurrent_tasks=1)
+    assert (reports["lost"].code, reports["lost"].error) == ("crash", "the engine has died")
+    pids = {name: report.result["pid"] for name, report in reports.items() if report.ok}
+    assert pids["next"] != pids["a"]
+    assert pids["last"] == pids["next"], "any other failure leaves the process as it is"
+    assert reports["next"].result["loads"] == 1
+
+
+def test_neighbours_of_a_lost_engine_end_by_themselves_and_nobody_joins_them(
+    tmp_path: Path,
+) -> None:
+    together = {"taskType": "rough.together"}
+    nodes: dict[str, dict[str, Any]] = {
+        "beside": {**together, "s": 1.5},
+        "lost": {**together, "lose_engine": 0.3},
+        "next": {**together, "s": 0.1},
+    }
+    reports = run_all(tmp_path, nodes, in_turn=False, max_concurrent_tasks=2)
+    assert reports["lost"].code == "crash"
+    assert reports["beside"].ok, reports["beside"].error
+    assert reports["next"].result["pid"] != reports["beside"].result["pid"]
+
+
+def test_a_group_whose_engine_died_gets_a_new_process_and_keeps_its_answers(
+    tmp_path: Path,
+) -> None:
+    group = {"taskType": "rough.groups", "model": "m"}
+    nodes: dict[str, dict[str, Any]] = {
+        "a": group,
+        "lost": {**group, "do": "lose_engine"},
+        "b": group,
+        "next": group,
+        "last": group,
+    }
+    reports = run_all(tmp_path, nodes, in_turn=False, max_concurrent_tasks=1, group_max=3)
+    assert reports["lost"].code == "crash"
+    runs = {name: report.result["run"] for name, report in reports.items() if report.ok}
+    assert runs == {"a": 1, "b": 1, "next": 1, "last": 1}, "a warm process would count two"

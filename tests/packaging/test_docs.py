@@ -515,7 +515,9 @@ def test_every_inference_field_is_in_the_contract_with_its_default() -> None:
     assert set(told) == set(InferenceParams.model_fields)
     for name, field in InferenceParams.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        if isinstance(default, (int, float, str)):
+        if isinstance(default, bool):
+            assert told[name].strip("`") == str(default).lower()
+        elif isinstance(default, (int, float, str)):
             assert told[name].strip("`") == f"{default:g}" if name != "prompt_format" else default
 
 

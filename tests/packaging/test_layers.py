@@ -23,8 +23,8 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 LAYERS = (
     "errors",
     "wire validation quantities contract events config masking importing bounded_folder",
-    "specs workflow templates rows data checkpoints models inputs executor hookspecs"
-    " merge ledger echo",
+    "specs workflow templates rows data checkpoints models inputs answers executor hookspecs"
+    " serving merge ledger echo",
     "task_log task_progress",
     "plugins registry artifacts stores transports places telemetry",
     "checking resources batches reservations preparation result_cache runner presence housekeeping",

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from flowmesh_core.testing import StandInOrchestrator, WorkerProcess, run_task
+from flowmesh_core.testing import (
+    StandInOrchestrator,
+    WorkerProcess,
+    build_tiny_llama,
+    run_task,
+)
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
 pytest.importorskip("flowmesh_transformers")
 
-WORDS = "the light on gull rock is green and old marta keeps it who what colour"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 ROWS = [
     {"question": "who keeps the light?", "answer": "old marta keeps it"},
     {"question": "what colour is it?", "answer": "the light is green"},
@@ -33,41 +33,7 @@ ASK: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of two layers that has learned nothing."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=336,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([WORDS] * 4, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<|end|>",
-        additional_special_tokens=special[1:],
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=336,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return build_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.02)
 
 
 def test_what_one_worker_learned_another_one_answers(

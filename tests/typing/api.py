@@ -10,6 +10,7 @@ from pydantic import Field
 
 from flowmesh_core import (
     AdapterRef,
+    Answer,
     Artifact,
     Capability,
     Choice,
@@ -38,9 +39,16 @@ from flowmesh_core import (
     TaskSpec,
     Usage,
     Worker,
+    build_item,
+    build_messages,
+    build_result,
+    build_text,
+    build_vector_item,
+    derive_seed,
     hookimpl,
     load_plugins,
     load_settings,
+    normalize,
     parse_envelope,
     parse_message,
     parse_task,
@@ -149,6 +157,24 @@ def answer(row: Row) -> InferenceItem:
     text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
     choices = [Choice(output=text.upper(), finish_reason="stop")]
     return InferenceItem(index=row.index, prompt=text, output=text.upper(), choices=choices)
+
+
+def answer_alike(rows: RowSource, model: ModelRef | None) -> Mapping[str, Any]:
+    """Answer in the shape that engines share."""
+    items: list[dict[str, Any]] = []
+    for row in rows:
+        messages: list[dict[str, Any]] = build_messages(row, "Be brief")
+        seed: int | None = derive_seed(7, row.index, 0)
+        said = Answer(text=f"{messages[-1]['content']} {seed}", finish_reason="stop", tokens=2)
+        items.append(build_item(row, build_text(row, None), [said]))
+    return build_result(model, items, prompt_tokens=1, completion_tokens=2, latency_s=0.1)
+
+
+def embed_alike(row: Row, model: ModelRef | None) -> Mapping[str, Any]:
+    """Give a vector in the shape that engines share."""
+    item: dict[str, Any] = build_vector_item(row, normalize((3, 4)))
+    counts = {"prompt_tokens": 1, "completion_tokens": 0}
+    return build_result(model, [item], **counts, latency_s=0.1, dimensions=2)
 
 
 def name_of(inputs: Inputs) -> str:

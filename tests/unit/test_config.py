@@ -390,6 +390,12 @@ def test_a_child_keeps_what_its_executor_declares_and_its_own_settings() -> None
     assert kept.keys() & environ.keys() == {"HF_TOKEN", "ACME_MODE", "FLOWMESH_ACME_TTS_TOKEN"}
 
 
+def test_a_child_gets_what_its_executor_sets_unless_the_operator_has_set_it() -> None:
+    variables = ("ACME_TELLS=0", "ACME_URL=http://a/?b=c")
+    kept = child_environment(plugin="x", variables=variables, environ={"ACME_TELLS": "1"})
+    assert (kept["ACME_TELLS"], kept["ACME_URL"]) == ("1", "http://a/?b=c")
+
+
 def test_a_child_sees_the_devices_that_it_was_given_and_no_others() -> None:
     environ = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     kept = child_environment(plugin="x", devices=("1", "3"), environ=environ)

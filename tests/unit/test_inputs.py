@@ -1109,3 +1109,20 @@ def test_inputs_travel_as_json(bench: Bench, tmp_path: Path) -> None:
     assert inputs.checkpoint == lora
     assert Inputs.from_dict(json.loads(json.dumps(inputs.to_dict()))) == inputs
     assert Inputs.from_dict(json.loads(json.dumps(Inputs().to_dict()))) == Inputs()
+
+
+def test_what_an_engine_was_loaded_from_shows_when_it_is_replaced(tmp_path: Path) -> None:
+    folder, own = tmp_path / "model", tmp_path / "task" / ".inputs" / "checkpoint"
+    for path in (folder, own):
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_bytes(b"old")
+    merged = AdapterRef(name="m", path=tmp_path / "gone", apply="merge")
+    inputs = Inputs(
+        model=ModelRef(identifier="mine", path=folder), checkpoint=own, adapters=(merged,)
+    )
+    before = inputs.weights_state()
+    (own / "model.safetensors").write_bytes(b"other")  # each task brings its own
+    assert inputs.weights_state() == before
+    (folder / "model.safetensors").write_bytes(b"newer")
+    assert inputs.weights_state() != before
+    assert Inputs().weights_state() == ""

@@ -421,7 +421,7 @@ async def main(marker, *argv):
         )
         minders.append(child.minder_pid)
     line = " ".join(map(str, ["keeper", keeper.pid, *minders]))
-    os.write(1, f"{line}\n".encode())  # at once: the children write there too
+    os.write(1, line.encode() + bytes([10]))  # at once: the children write there too
     await asyncio.sleep(600)
 
 asyncio.run(main(*sys.argv[1:]))

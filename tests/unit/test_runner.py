@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import pytest
 
 from flowmesh_core import (
@@ -18,7 +20,16 @@ from flowmesh_core import (
     RunContext,
     load_settings,
 )
+from flowmesh_core.artifacts.fetch import Fetcher
+from flowmesh_core.artifacts.layout import TaskFolders
+from flowmesh_core.artifacts.network import NetworkPolicy
+from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import CancelledError, DeadlineError
+from flowmesh_core.places.base import PlaceContext
+from flowmesh_core.plugins import load_plugins
+from flowmesh_core.registry import ExecutorRegistry
+from flowmesh_core.resources import ResourceLedger
+from flowmesh_core.runner import Runner
 from flowmesh_core.testing import run_task
 
 
@@ -227,3 +238,204 @@ def test_an_answer_that_is_no_mapping_is_named(tmp_path: Path) -> None:
 
 def test_cancelled_is_an_error_of_its_own() -> None:
     assert CancelledError("x").code == "cancelled"
+
+
+# Several members of one dispatch.
+
+
+class Journal(Executor):
+    """Takes several tasks at once; ``spec.do`` says what each does."""
+
+    begun: ClassVar[list[str]] = []
+    together = most = 0
+
+    async def run(self, ctx: RunContext) -> dict[str, Any]:
+        cls = type(self)
+        cls.begun.append(ctx.task_id)
+        cls.together += 1
+        cls.most = max(cls.most, cls.together)
+        try:
+            return await self.work(ctx)
+        finally:
+            cls.together -= 1
+
+    async def work(self, ctx: RunContext) -> dict[str, Any]:
+        for do in ctx.raw_spec.get("do", {}).get(ctx.task_id, ["rest"]):
+            if do == "fail":
+                raise ExecutionError(f"{ctx.task_id} fails")
+            if do == "wait":
+                while True:
+                    ctx.check()
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(float(do) if do != "rest" else 0.05)
+        (ctx.folder / "made.txt").write_text(ctx.task_id)
+        return {"by": ctx.task_id}
+
+
+class InTurn(Journal):
+    """The same, without saying that it takes several."""
+
+
+@attrs.define
+class Answered:
+    """What one dispatch came to, in the order in which its members ended."""
+
+    outcomes: dict[str, Outcome]
+    copied: set[str]
+    made: dict[str, str]
+    most: int
+    begun: list[str]
+
+
+GREEDY = {"inference": {"temperature": 0}}
+CHANCE = {"inference": {"temperature": 1}}
+
+
+def run_members(
+    folder: Path,
+    members: Mapping[str, Mapping[str, Any]],
+    *,
+    executor: type[Journal] = Journal,
+    cancel: Mapping[str, str] | None = None,
+) -> Answered:
+    """Run members of one dispatch; ``cancel`` names who is cancelled once another has ended."""
+    Journal.begun = InTurn.begun = []
+    executor.together = executor.most = 0
+    concurrent = [Capability.CONCURRENT] if executor is Journal else []
+    info = ExecutorInfo(
+        name="test.journal",
+        task_types={"inference"},
+        target="x:y",
+        places=["inline"],
+        capabilities=[Capability.CPU, *concurrent],
+        engine_key=["model"],
+    )
+    settings = load_settings({}, results_dir=folder)
+    plugins = load_plugins(settings)
+    registry = ExecutorRegistry()
+    registry.register(info, executor)
+    folders = TaskFolders(folder)
+    answered = Answered(outcomes={}, copied=set(), made={}, most=0, begun=[])
+
+    async def work() -> None:
+        runner = Runner(
+            settings,
+            plugins,
+            registry,
+            Fetcher(policy=NetworkPolicy(), results_dir=folder),
+            ledger=ResourceLedger(1, 1, None, ()),
+            places=PlaceContext(
+                settings=settings, load_class=registry.load_class, folder=folder / "worker"
+            ),
+        )
+        tasks = [
+            parse_task({"spec": {"taskType": "inference", **spec}}, task_id=task_id)
+            for task_id, spec in members.items()
+        ]
+        attempts = {task.task_id: folders.begin(task.task_id, task.destination) for task in tasks}
+        runner.admit(members)
+        async with runner.reserve(tasks[0], size=len(tasks)) as reservation:
+            pairs = [(task, attempts[task.task_id]) for task in tasks]
+            async for task_id, outcome, copied in runner.run_members(pairs, reservation):
+                answered.outcomes[task_id] = outcome
+                answered.copied |= {task_id} if copied else set()
+                made = attempts[task_id].folder / "made.txt"
+                answered.made[task_id] = made.read_text() if made.exists() else ""
+                if cancel and task_id in cancel:
+                    assert runner.cancel(cancel[task_id], "enough")
+        await runner.close()
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    answered.most, answered.begun = executor.most, list(executor.begun)
+    return answered
+
+
+def test_members_run_at_once_where_the_executor_takes_several(tmp_path: Path) -> None:
+    do = {"a": [0.3], "b": [0.1], "c": [0.2]}
+    found = run_members(tmp_path, {name: {**CHANCE, "do": do} for name in "abc"})
+    assert found.most == 3
+    assert list(found.outcomes) == ["b", "c", "a"], "each is answered as soon as it has finished"
+    assert {name: outcome.result["by"] for name, outcome in found.outcomes.items()} == {
+        name: name for name in "abc"
+    }
+    assert found.copied == set()
+
+
+def test_members_run_in_turn_where_it_does_not(tmp_path: Path) -> None:
+    do = {"a": [0.1], "b": [0.01]}
+    # Each needs an engine of its own, so that nothing but the dispatch itself keeps them apart.
+    members = {name: {**CHANCE, "do": do, "model": name} for name in "ab"}
+    found = run_members(tmp_path, members, executor=InTurn)
+    assert found.most == 1
+    assert list(found.outcomes) == ["a", "b"]
+
+
+@pytest.mark.parametrize("executor", [Journal, InTurn])
+def test_equal_work_that_chance_does_not_touch_is_done_once(
+    executor: type[Journal], tmp_path: Path
+) -> None:
+    members: dict[str, dict[str, Any]] = {
+        "a": {**GREEDY, "data": "x"},
+        "other": {**GREEDY, "data": "y"},
+        "same": {**GREEDY, "data": "x", "priority": 3},
+        "p": {**CHANCE, "data": "x"},
+        "q": {**CHANCE, "data": "x"},
+    }
+    found = run_members(tmp_path, members, executor=executor)
+    assert sorted(found.begun) == ["a", "other", "p", "q"]
+    assert found.copied == {"same"}
+    assert found.outcomes["same"].result == {"by": "a"}
+    assert found.made == {"a": "a", "other": "other", "same": "a", "p": "p", "q": "q"}
+
+
+@pytest.mark.parametrize("executor", [Journal, InTurn])
+def test_a_first_of_equals_that_fails_hands_the_work_to_the_next(
+    executor: type[Journal], tmp_path: Path
+) -> None:
+    do = {"a": [0.01, "fail"], "b": [0.01]}
+    members = {name: {**GREEDY, "do": do} for name in "abcd"}
+    found = run_members(tmp_path, members, executor=executor)
+    assert found.begun == ["a", "b"]
+    assert str(found.outcomes["a"].error) == "a fails"
+    assert [found.outcomes[name].result for name in "bcd"] == [{"by": "b"}] * 3
+    assert found.copied == {"c", "d"}
+    assert found.made == {"a": "", "b": "b", "c": "b", "d": "b"}
+
+
+def test_one_member_that_fails_spoils_no_neighbour(tmp_path: Path) -> None:
+    do = {"bad": ["fail"], "good": [0.1]}
+    found = run_members(tmp_path, {name: {**CHANCE, "do": do} for name in ("bad", "good")})
+    assert list(found.outcomes) == ["bad", "good"]
+    assert [outcome.ok for outcome in found.outcomes.values()] == [False, True]
+
+
+def test_a_cancel_ends_its_member_alone(tmp_path: Path) -> None:
+    do = {"quick": [0.01], "long": ["wait"], "slow": [0.4]}
+    members = {name: {**CHANCE, "do": do} for name in ("quick", "long", "slow")}
+    found = run_members(tmp_path, members, cancel={"quick": "long"})
+    assert list(found.outcomes) == ["quick", "long", "slow"]
+    assert isinstance(found.outcomes["long"].error, CancelledError)
+    assert str(found.outcomes["long"].error) == "enough"
+    assert found.outcomes["slow"].ok
+
+
+def test_an_equal_that_was_cancelled_gets_no_copy(tmp_path: Path) -> None:
+    do = {"quick": [0.01], "a": [0.3]}
+    same = {**GREEDY, "do": do}
+    members = {"quick": {**CHANCE, "do": do}, "a": same, "b": same, "c": same}
+    found = run_members(tmp_path, members, cancel={"quick": "b"})
+    assert isinstance(found.outcomes["b"].error, CancelledError)
+    assert found.outcomes["a"].ok
+    assert found.copied == {"c"}
+    assert found.begun == ["quick", "a"]
+
+
+def test_a_member_that_nobody_serves_is_told_and_holds_up_no_other(tmp_path: Path) -> None:
+    do = {"a": [0.1], "b": [0.1]}
+    members = {name: {**CHANCE, "do": do} for name in ("a", "lost", "b")}
+    members["lost"] = {**CHANCE, "executor": "nobody"}
+    found = run_members(tmp_path, members)
+    assert found.most == 2
+    assert "spec.executor asks for" in str(found.outcomes["lost"].error)
+    assert found.outcomes["a"].ok
+    assert found.outcomes["b"].ok

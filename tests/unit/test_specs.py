@@ -142,12 +142,18 @@ RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("logprobs", [0, 20, None], [-1]),
     ("stop", ["x", ["x", "y"], [], None], ["", ["x", ""], [1], {"x": 1}]),
     ("do_sample", [True, False, None], ["perhaps", 3]),
+    ("stream", [True, False], ["perhaps", 3, None]),
     ("prompt_format", ["auto", "chat", "plain"], ["jinja", None]),
     ("system_prompt", ["", "x", None], [3, ["x"]]),
     (
         "response_format",
-        [{"type": "text"}, {"type": "json_object"}],
-        ["json_object", {"type": "x"}],
+        [
+            {"type": "text"},
+            {"type": "json_object"},
+            {"type": "regex", "regex": "[a-z]+"},
+            {"type": "choice", "choice": ["yes", "no"]},
+        ],
+        ["json_object", {"type": "x"}, {"type": "regex"}, {"type": "choice", "choice": []}],
     ),
 ]
 

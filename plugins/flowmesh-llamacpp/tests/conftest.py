@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from flowmesh_llamacpp.executor import LlamacppExecutor
 from flowmesh_llamacpp.serve import LlamacppServer
-from flowmesh_llamacpp.spec import LlamacppServeSpec, LlamacppSpec, ServeSettings
+from flowmesh_llamacpp.spec import LlamacppServeSpec, LlamacppSpec
 
-from flowmesh_core import Inputs, ModelRef, RowSource, RunContext
+from flowmesh_core import Inputs, ModelRef, RowSource, RunContext, ServeSettings
 from flowmesh_core.specs import ServeResult
 
 Contexts = Callable[..., RunContext]

@@ -22,6 +22,7 @@ from flowmesh_core import (
     InputError,
     Row,
     RunContext,
+    derive_seed,
 )
 
 
@@ -206,7 +207,8 @@ def test_every_choice_has_its_own_seed_and_none_without_one(
     run: Any, executor: FakeExecutor
 ) -> None:
     run(["same", "same"], n=3, seed=5)
-    assert len({request["seed"] for request in executor.engine.requests}) == 6
+    wanted = [derive_seed(5, row, choice) for row in range(2) for choice in range(3)]
+    assert sorted(request["seed"] for request in executor.engine.requests) == sorted(wanted)
     executor.engine.requests.clear()
     run(["same"], n=2)
     assert all("seed" not in request for request in executor.engine.requests)
@@ -221,6 +223,16 @@ def test_prompt_format_decides_over_the_models_template(run: Any, executor: Fake
     for kind in ("auto", "chat", "plain"):
         run(["p"], prompt_format=kind)
     assert ["messages" in request for request in asked] == [False, True, True, False]
+    assert ["prompt" in request for request in asked] == [True, False, False, True]
+
+
+def test_the_system_prompt_reaches_both_formats(run: Any, executor: FakeExecutor) -> None:
+    run(["p"], system_prompt="s")
+    executor.engine.has_chat_template = True
+    run(["p"], system_prompt="s")
+    plain, chat = executor.engine.requests
+    assert plain["prompt"] == "s\np"
+    assert [message["content"] for message in chat["messages"]] == ["s", "p"]
 
 
 def test_messages_for_a_model_without_a_template_name_the_row(run: Any) -> None:

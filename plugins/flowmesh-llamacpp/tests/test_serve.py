@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -12,9 +11,15 @@ from typing import Any
 import pytest
 from flowmesh_llamacpp import serve
 from flowmesh_llamacpp.serve import LlamacppServer
-from flowmesh_llamacpp.spec import ServeSettings
 
-from flowmesh_core import CancelledError, DeadlineError, ExecutionError, InputError, RunContext
+from flowmesh_core import (
+    CancelledError,
+    DeadlineError,
+    ExecutionError,
+    InputError,
+    RunContext,
+    ServeSettings,
+)
 
 
 class FakeEndpoint:
@@ -122,15 +127,12 @@ def test_the_deadline_ends_what_does_not_get_ready(service: Any, server: FakeSer
     assert server.endpoint.closed == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "told"), [(0, "does not answer"), (401, "answers with status 401")]
-)
 def test_an_endpoint_that_never_answers_well_is_an_error(
-    service: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch, status: int, told: str
+    service: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "_ANSWER_WITHIN_S", 0.2)
-    server.endpoint.statuses = [status]
-    with service.running(), pytest.raises(ExecutionError, match=f"port 4711 {told}; .*log"):
+    server.endpoint.statuses = [401]
+    with service.running(), pytest.raises(ExecutionError, match=r"answers with status 401; .*log"):
         service.result()
     assert not service.is_ready
     assert server.endpoint.closed == 1
@@ -148,40 +150,16 @@ def test_the_endpoint_is_closed_when_nobody_takes_its_readiness(
     assert server.endpoint.closed == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "worker.example"])
 def test_a_host_that_others_can_reach_needs_the_operators_leave(
-    service: Any, server: FakeServer, host: str
-) -> None:
-    for settings in (None, ServeSettings(), ServeSettings(hosts=("10.0.0.2",))):
-        service.settings = settings
-        message = f"serve.host '{host}' can be reached .* add {host} to FLOWMESH_LLAMACPP_SERVE_HOS"
-        with service.running(host=host), pytest.raises(InputError, match=message):
-            service.result()
-    assert server.opened == 0
-
-
-def test_a_host_that_the_operator_allows_is_served_and_warned_of_without_a_key(
     service: Any, server: FakeServer
 ) -> None:
+    message = r"serve.host '10\.0\.0\.1' can be reached .* FLOWMESH_SERVE_HOSTS"
+    with service.running(host="10.0.0.1"), pytest.raises(InputError, match=message):
+        service.result()
+    assert server.opened == 0
     service.settings = ServeSettings(hosts=("10.0.0.1",))
     with service.up(host="10.0.0.1") as result:
         assert result.endpoint == "http://10.0.0.1:4711/v1"
-        assert service.lines[0].startswith("warning serve.host 10.0.0.1 is open to all")
-    service.lines.clear()
-    with service.up(host="10.0.0.1", api_key="sk-1"):
-        assert [line.split()[0] for line in service.lines] == ["info"]
-
-
-@pytest.mark.parametrize(
-    ("host", "shown"),
-    [("::1", "[::1]"), ("localhost", "localhost"), ("0.0.0.0", socket.gethostname())],
-)
-def test_the_endpoint_is_a_url_that_leads_there(
-    service: Any, server: FakeServer, host: str, shown: str
-) -> None:
-    service.settings = ServeSettings(hosts=("0.0.0.0",))
-    with service.up(host=host) as result:
-        assert result.endpoint == f"http://{shown}:4711/v1"
 
 
 def test_a_model_is_required(service: Any) -> None:

@@ -3,10 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from flowmesh_llamacpp.spec import LlamacppServeSpec, LlamacppSpec, ServeSettings
+from flowmesh_llamacpp.spec import LlamacppServeSpec, LlamacppSpec
 from pydantic import ValidationError
-
-from flowmesh_core.config import load_plugin_settings
 
 
 def parse(**spec: Any) -> LlamacppSpec:
@@ -81,13 +79,3 @@ def test_serve_takes_the_same_model_block_and_one_of_its_own() -> None:
     assert (spec.model.llamacpp.n_ctx, spec.serve.port, spec.serve.ttl_s) == (64, 8080, 60)
     with pytest.raises(ValidationError, match="unknown key 'n_ctxt', did you mean 'n_ctx'"):
         LlamacppServeSpec.model_validate({"model": {"llamacpp": {"n_ctxt": 5}}})
-
-
-@pytest.mark.parametrize(
-    ("text", "hosts"),
-    [("", ()), ("0.0.0.0", ("0.0.0.0",)), ("10.0.0.1, ::,", ("10.0.0.1", "::"))],
-)
-def test_the_operator_lists_hosts_in_one_variable(text: str, hosts: tuple[str, ...]) -> None:
-    environ = {"FLOWMESH_LLAMACPP_SERVE_HOSTS": text}
-    found = load_plugin_settings(ServeSettings, plugin="llamacpp.serve", environ=environ)
-    assert found.hosts == hosts

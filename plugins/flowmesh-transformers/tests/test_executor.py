@@ -24,6 +24,7 @@ from flowmesh_core import (
     Row,
     RowSource,
     RunContext,
+    derive_seed,
 )
 
 
@@ -139,12 +140,13 @@ def test_usage_counts_a_prompt_once_and_every_answer(run: Any) -> None:
 def test_choices_come_in_their_order_and_the_first_is_the_answer(
     run: Any, executor: FakeExecutor
 ) -> None:
-    executor.engine.reply = lambda request: "x" * (8 - int(str(request.seed)[0]))
+    seeds = [derive_seed(4, 0, choice) for choice in range(3)]
+    executor.engine.reply = lambda request: "x" * (4 - seeds.index(request.seed))
     (item,) = run(["p"], n=3, seed=4)["items"]  # the last ends first
     assert [choice["output"] for choice in item["choices"]] == ["xxxx", "xxx", "xx"]
     assert item["output"] == "xxxx"
     (batch,) = executor.engine.batches
-    assert [request.seed for request in batch] == ["4:0", "5:0", "6:0"]
+    assert [request.seed for request in batch] == seeds
 
 
 def test_batches_are_no_larger_than_the_budget_and_shrink_with_the_scale(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def ask(engine: Any, prompts: list[str], *, seed: Any = 7, **params: Any) -> lis
             tokens=engine.encode(prompt, rendered=False),
             limit=full.max_tokens,
             params=full,
-            seed=None if seed is None else f"{seed}{prompt}",
+            seed=None if seed is None else zlib.crc32(f"{seed}{prompt}".encode()),
         )
         for prompt in prompts
     ]

@@ -35,7 +35,8 @@ def test_it_answers_prompts_and_embeds_texts_on_cpu_and_gpu() -> None:
 
 def test_a_group_agrees_on_all_that_shapes_an_answer_but_the_prompt() -> None:
     sampling = {key.partition(".")[2] for key in INFO.group_key if key.startswith("inference.")}
-    own = {"system_prompt", "logprobs", "response_format"}  # the prompt's, and two that are refused
+    # The prompt's, two that are refused, and one that it need not heed.
+    own = {"system_prompt", "logprobs", "response_format", "stream"}
     assert sampling == {*InferenceParams.model_fields, "max_new_tokens"} - own
     assert {*INFO.engine_key, "normalize"} <= {*INFO.group_key}
     assert "taskType" in INFO.engine_key

@@ -16,7 +16,7 @@ from flowmesh_transformers.sampling import Sampler  # noqa: E402 - needs torch
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0]
 
 
-def request(seed: Any = None, tokens: Any = (4,), **params: Any) -> Request:
+def request(seed: int | None = None, tokens: Any = (4,), **params: Any) -> Request:
     full = InferenceParams.model_validate({"temperature": 1, "top_p": 1, **params})
     return Request(tokens=list(tokens), limit=9, params=full, seed=seed)
 
@@ -28,7 +28,7 @@ def choose(requests: list[Request], logits: Any = LOGITS, steps: int = 1) -> lis
 
 
 def drawn(total: int = 400, **params: Any) -> Counter[int]:
-    (tokens,) = choose([request(str(seed), **params) for seed in range(total)])
+    (tokens,) = choose([request(seed, **params) for seed in range(total)])
     return Counter(tokens)
 
 
@@ -74,25 +74,25 @@ def test_min_p_is_a_share_of_the_likeliest() -> None:
 
 
 def test_rows_of_one_batch_may_be_chosen_in_different_ways() -> None:
-    mixed = [request("a", temperature=0), request("a", top_k=1), request("a", temperature=1e6)]
+    mixed = [request(1, temperature=0), request(1, top_k=1), request(1, temperature=1e6)]
     columns = list(zip(*choose(mixed, steps=60), strict=True))
     assert set(columns[0]) == set(columns[1]) == {0}
     assert len(set(columns[2])) == 5
 
 
 def test_a_rows_draws_depend_on_its_seed_alone() -> None:
-    alone = [choose([request(seed)], steps=20) for seed in "abc"]
-    together = choose([request(seed) for seed in "abc"], steps=20)
+    alone = [choose([request(seed)], steps=20) for seed in range(3)]
+    together = choose([request(seed) for seed in range(3)], steps=20)
     for place in range(3):
         assert [tokens[place] for tokens in together] == [tokens[0] for tokens in alone[place]]
-    assert together == choose([request(seed) for seed in "abc"], steps=20)
+    assert together == choose([request(seed) for seed in range(3)], steps=20)
     assert alone[0] != alone[1]
 
 
 def test_rows_that_leave_take_their_streams_and_their_counts_with_them() -> None:
     params = {"presence_penalty": 0.3, "temperature": 2}
-    alone = choose([request("c", **params)], steps=10)
-    sampler = Sampler([request(seed, **params) for seed in "abc"], "cpu")
+    alone = choose([request(2, **params)], steps=10)
+    sampler = Sampler([request(seed, **params) for seed in range(3)], "cpu")
     tokens = [sampler.choose(torch.tensor([LOGITS] * 3))[2] for _ in range(4)]
     sampler.keep([0, 2])
     tokens += [sampler.choose(torch.tensor([LOGITS] * 2))[1] for _ in range(6)]
@@ -128,10 +128,10 @@ def test_a_penalty_of_one_row_touches_no_other() -> None:
 
 def test_ties_go_to_the_first_and_rounding_never_leaves_the_list() -> None:
     assert choose([request(temperature=0)], [1.0, 1.0, 0.0]) == [[0]]
-    sampler = Sampler([request("a")], "cpu")
+    sampler = Sampler([request(1)], "cpu")
     sampler._streams = [AlwaysLast()]
     assert sampler.choose(torch.tensor([LOGITS])) == [4]
-    assert choose([request("a", min_p=0.9)], [-1e9, 5.0, -1e9]) == [[1]]
+    assert choose([request(1, min_p=0.9)], [-1e9, 5.0, -1e9]) == [[1]]
 
 
 class AlwaysLast(random.Random):

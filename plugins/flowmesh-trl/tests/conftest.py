@@ -10,14 +10,9 @@ import pytest
 from flowmesh_trl.job import TrainingJob
 
 from flowmesh_core import Inputs, ModelRef, RowSource
+from flowmesh_core.testing import build_tiny_llama
 
 Jobs = Callable[..., TrainingJob]
-
-TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew strong black tea"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture
@@ -65,56 +60,6 @@ def make_job(tmp_path: Path, tiny: Path) -> Jobs:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model."""
-    pytest.importorskip("torch")
-    return build_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-def build_tiny_llama(folder: Path) -> Path:
-    """Make a Llama of two layers with a tokenizer of its own; what it says means nothing."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    torch = pytest.importorskip("torch")
     torch.set_num_threads(1)  # quick enough, and not slowed down by whatever else runs here
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def make_tokenizer() -> Any:
-    """Train a byte-level tokenizer on one sentence; it has no padding token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=336, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator([TEXT] * 4, trainer)
-    raw.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<s>",
-        eos_token="<|end|>",
-        additional_special_tokens=special[2:],
-        chat_template=TEMPLATE,
-    )
+    return build_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.02)

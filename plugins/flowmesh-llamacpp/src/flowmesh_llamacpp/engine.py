@@ -17,9 +17,16 @@ from urllib.parse import urlsplit
 import attrs
 import xllamacpp
 
-from flowmesh_core import AdapterRef, ExecutionError, ExecutorUnavailableError, InputError
+from flowmesh_core import (
+    AdapterRef,
+    ExecutionError,
+    ExecutorUnavailableError,
+    InputError,
+    ask_status,
+    find_address,
+)
 from flowmesh_llamacpp.gguf import read_metadata
-from flowmesh_llamacpp.listener import ask_status, find_address, sever
+from flowmesh_llamacpp.listener import sever
 from flowmesh_llamacpp.spec import LlamacppOptions
 
 __all__ = ["Completion", "LlamaEndpoint", "LlamaEngine"]

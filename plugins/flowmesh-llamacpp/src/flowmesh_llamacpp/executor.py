@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from flowmesh_core import (
     AdapterRef,
+    Answer,
     ExecutionError,
     Executor,
     FlowmeshError,
@@ -21,15 +22,20 @@ from flowmesh_core import (
     Row,
     RowSource,
     RunContext,
+    build_item,
+    build_messages,
+    build_result,
+    build_text,
+    derive_seed,
 )
-from flowmesh_llamacpp.request import build_prompt, build_sampling, derive_seed
+from flowmesh_llamacpp.request import build_sampling
 from flowmesh_llamacpp.spec import LlamacppOptions
 from flowmesh_llamacpp.weights import find_adapters, find_weights
 
-__all__ = ["Answer", "Engine", "LlamacppExecutor"]
+__all__ = ["Completion", "Engine", "LlamacppExecutor"]
 
 
-class Answer(Protocol):
+class Completion(Protocol):
     """What an engine gives back; ``engine.Completion`` says what the fields mean."""
 
     @property
@@ -51,7 +57,7 @@ class Engine(Protocol):
 
     def complete(  # noqa: D102 - documented there
         self, request: Mapping[str, Any], *, stopped: Callable[[], bool]
-    ) -> Answer | None: ...
+    ) -> Completion | None: ...
     def build_grammar(self, schema: Mapping[str, Any]) -> str: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
@@ -123,9 +129,9 @@ class _Work:
         self._counting = threading.Lock()
         self._done, self._expected = 0, rows.count() * self._params.n
 
-    def answer(self, rows: Iterable[Row]) -> list[tuple[Row, list[Answer]]]:
+    def answer(self, rows: Iterable[Row]) -> list[tuple[Row, list[Completion]]]:
         """Answer all rows; the first failure in their order ends the task."""
-        futures: list[tuple[Row, list[Future[Answer | None]]]] = []
+        futures: list[tuple[Row, list[Future[Completion | None]]]] = []
         with ThreadPoolExecutor(self._slots, thread_name_prefix="llamacpp") as pool:
             fed = False
             try:
@@ -142,12 +148,12 @@ class _Work:
         self._ctx.check()
         return [(row, [choice for choice in choices if choice]) for row, choices in answered]
 
-    def _submit(self, pool: ThreadPoolExecutor, row: Row, choice: int) -> Future[Answer | None]:
+    def _submit(self, pool: ThreadPoolExecutor, row: Row, choice: int) -> Future[Completion | None]:
         self._free.acquire()  # rows are read no faster than they are answered
         self._ctx.check()
         return pool.submit(self._answer_one, row, choice)
 
-    def _answer_one(self, row: Row, choice: int) -> Answer | None:
+    def _answer_one(self, row: Row, choice: int) -> Completion | None:
         try:
             answer = self._engine.complete(self._build(row, choice), stopped=self._stopped)
             if answer:
@@ -162,7 +168,11 @@ class _Work:
             self._free.release()
 
     def _build(self, row: Row, choice: int) -> dict[str, Any]:
-        request = self._request | build_prompt(row, self._system, chat=self._chat)
+        request = dict(self._request)
+        if self._chat:
+            request["messages"] = build_messages(row, self._system)
+        else:
+            request["prompt"] = build_text(row, self._system)
         if self._params.seed is not None:
             request["seed"] = derive_seed(self._params.seed, row.index, choice)
         return request
@@ -170,7 +180,7 @@ class _Work:
     def _stopped(self) -> bool:
         return self._halt.is_set() or self._ctx.cancelled or self._ctx.remaining_s == 0.0
 
-    def _check(self, answer: Answer) -> None:
+    def _check(self, answer: Completion) -> None:
         if not answer.prompt_tokens:
             raise InputError("the prompt is empty and this model has no token to begin with")
         if self._must_be_json and answer.finish_reason == "stop":
@@ -197,32 +207,20 @@ def _wants_chat(params: InferenceParams, engine: Engine) -> bool:
 
 
 def _build_result(
-    model: ModelRef, answered: Sequence[tuple[Row, Sequence[Answer]]], latency_s: float
+    model: ModelRef, answered: Sequence[tuple[Row, Sequence[Completion]]], latency_s: float
 ) -> dict[str, Any]:
-    prompt_tokens = sum(answers[0].prompt_tokens for _, answers in answered)
-    completion_tokens = sum(
-        answer.completion_tokens for _, answers in answered for answer in answers
+    return build_result(
+        model,
+        [_build_item(row, completions) for row, completions in answered],
+        prompt_tokens=sum(completions[0].prompt_tokens for _, completions in answered),
+        completion_tokens=sum(one.completion_tokens for _, given in answered for one in given),
+        latency_s=latency_s,
     )
-    return {
-        "ok": True,
-        "model": model.identifier,
-        "items": [_build_item(row, answers) for row, answers in answered],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "latency_sec": latency_s,
-            "num_requests": len(answered),
-        },
-    }
 
 
-def _build_item(row: Row, answers: Sequence[Answer]) -> dict[str, Any]:
-    choices = [{"output": one.text, "finish_reason": one.finish_reason} for one in answers]
-    item = {
-        "index": row.index,
-        "prompt": answers[0].prompt,
-        **choices[0],
-        "metadata": {**row.metadata, "prompt": row.prompt, "rendered_prompt": answers[0].prompt},
-    }
-    return item if len(choices) == 1 else {**item, "choices": choices}
+def _build_item(row: Row, completions: Sequence[Completion]) -> dict[str, Any]:
+    answers = [
+        Answer(text=one.text, finish_reason=one.finish_reason, tokens=one.completion_tokens)
+        for one in completions
+    ]
+    return build_item(row, completions[0].prompt, answers)

@@ -13,7 +13,7 @@ SHARED: dict[str, Any] = {
     "needs": ["xllamacpp"],
     "install": "pip install flowmesh-llamacpp",
     "model_formats": {"gguf"},
-    "variables": ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"],
+    "variables": ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "FLOWMESH_SERVE_HOSTS"],
 }
 
 
@@ -42,7 +42,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         target="flowmesh_llamacpp.serve:LlamacppServer",
         capabilities={Capability.CPU, Capability.SERVICE},
         spec="flowmesh_llamacpp.spec:LlamacppServeSpec",
-        settings="flowmesh_llamacpp.spec:ServeSettings",
+        settings="flowmesh_core:ServeSettings",
         inputs={"model", "adapters", "checkpoint"},
         engine_key=(*ENGINE_KEY, "serve"),
         **SHARED,

@@ -1,13 +1,12 @@
-"""Turns a row and its sampling into one request to llama.cpp; pure."""
+"""Turns sampling into llama.cpp's names; pure."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from flowmesh_core import InferenceParams, Row
+from flowmesh_core import InferenceParams
 
-__all__ = ["build_prompt", "build_sampling", "derive_seed"]
+__all__ = ["build_sampling"]
 
 
 def build_sampling(params: InferenceParams) -> dict[str, Any]:
@@ -41,36 +40,3 @@ def build_sampling(params: InferenceParams) -> dict[str, Any]:
         "min_p": params.min_p,
         "samplers": [*first, "temperature", *(name for name, used in cuts.items() if used)],
     }
-
-
-def build_prompt(row: Row, system_prompt: str | None, *, chat: bool) -> dict[str, Any]:
-    """Return ``messages`` for the model's chat template, or a plain ``prompt``.
-
-    Messages that begin with a system message of their own keep it.
-
-    Raises:
-        ValueError: The row holds messages and there is no chat template.
-    """
-    system = system_prompt if row.add_system_prompt else None
-    if not chat:
-        if not isinstance(row.prompt, str):
-            raise ValueError(
-                "messages need a chat template: use prompt_format auto or chat with a model "
-                "that has one, or set model.llamacpp.chat_template"
-            )
-        return {"prompt": f"{system}\n{row.prompt}" if system else row.prompt}
-    single = isinstance(row.prompt, str)
-    messages = [{"role": "user", "content": row.prompt}] if single else [*row.prompt]
-    if system and not (messages and messages[0].get("role") == "system"):
-        messages = [{"role": "system", "content": system}, *messages]
-    return {"messages": messages}
-
-
-def derive_seed(seed: int, row_index: int, choice: int) -> int:
-    """Return llama.cpp's seed for one answer.
-
-    Two rows never share a stream of random numbers, and choice ``i`` under ``seed`` is the first
-    choice under ``seed + i``.
-    """
-    digest = hashlib.blake2b(f"{seed + choice}:{row_index}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") % (2**32 - 1)  # the largest means "random" to llama.cpp

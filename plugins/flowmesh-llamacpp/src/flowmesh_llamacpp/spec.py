@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowmesh_core import InferenceSpec, Model, ServeSpec, StrictBlock, refuse_fields
 
-__all__ = [
-    "LlamacppModel",
-    "LlamacppOptions",
-    "LlamacppServeSpec",
-    "LlamacppSpec",
-    "ServeSettings",
-]
+__all__ = ["LlamacppModel", "LlamacppOptions", "LlamacppServeSpec", "LlamacppSpec"]
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Positive = Annotated[int, Field(ge=1)]
@@ -110,8 +104,9 @@ class LlamacppSpec(InferenceSpec):
     model: LlamacppModel = Field(default_factory=LlamacppModel)
 
     @model_validator(mode="after")
-    def _refuse_logprobs(self) -> LlamacppSpec:
+    def _refuse_what_cannot_be(self) -> LlamacppSpec:
         refuse_fields(self.inference, ["logprobs"], engine="llama.cpp")
+        refuse_fields(self.inference.response_format, ["regex", "choice"], engine="llama.cpp")
         return self
 
 
@@ -119,21 +114,3 @@ class LlamacppServeSpec(ServeSpec):
     """Spec of ``serve`` under llama.cpp."""
 
     model: LlamacppModel = Field(default_factory=LlamacppModel)
-
-
-class ServeSettings(BaseModel):
-    """What the operator allows endpoints.
-
-    Attributes:
-        hosts: Values of ``serve.host`` that documents may use beside this machine's loopback;
-            read from ``FLOWMESH_LLAMACPP_SERVE_HOSTS``, separated by commas.
-    """
-
-    hosts: tuple[str, ...] = ()
-
-    @field_validator("hosts", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
 
-from flowmesh_core import FlowmeshError, InputError, Outcome, Row, RunContext
-from flowmesh_transformers.prompts import (
+from flowmesh_core import (
     Answer,
-    Request,
+    FlowmeshError,
+    InputError,
+    Outcome,
+    Row,
+    RunContext,
+    build_item,
     build_messages,
+    build_result,
     build_text,
+    build_vector_item,
     derive_seed,
+    normalize,
 )
+from flowmesh_transformers.prompts import Request
 
 __all__ = ["EmbeddingMember", "InferenceMember", "Job", "Member", "Reading"]
 
@@ -100,16 +107,15 @@ class Member(abc.ABC):
         if self.error is not None:
             return Outcome(error=self.error)
         items = [self._items[index] for index in sorted(self._items)]
-        usage = {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._answer_tokens,
-            "total_tokens": self._prompt_tokens + self._answer_tokens,
-            "latency_sec": self.ctx.clock() - self._started_s,
-            "num_requests": len(items),
-        }
-        model = self.ctx.inputs.model
-        head = {"ok": True, "model": model.identifier if model else ""}
-        return Outcome(result={**head, **self._summary(items), "items": items, "usage": usage})
+        result = build_result(
+            self.ctx.inputs.model,
+            items,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._answer_tokens,
+            latency_s=self.ctx.clock() - self._started_s,
+            **self._summary(items),
+        )
+        return Outcome(result=result)
 
     @abc.abstractmethod
     def take(self, job: Job, answer: Any) -> None:
@@ -165,7 +171,7 @@ class InferenceMember(Member):
         if len(answers) == self._choices:
             del self._answers[job.row.index]
             ordered = [answers[choice] for choice in range(self._choices)]
-            self._items[job.row.index] = _build_item(job, ordered)
+            self._items[job.row.index] = build_item(job.row, job.prompt, ordered)
         self._count("answers")
 
     def _check_format(self) -> None:
@@ -215,13 +221,8 @@ class EmbeddingMember(Member):
 
     def take(self, job: Job, answer: Sequence[float]) -> None:
         """Keep a vector."""
-        vector = _normalize(answer) if self.ctx.spec.normalize else list(answer)
-        metadata = {**job.row.metadata, "prompt": job.prompt}
-        self._items[job.row.index] = {
-            "index": job.row.index,
-            "embedding": vector,
-            "metadata": metadata,
-        }
+        vector = normalize(answer) if self.ctx.spec.normalize else answer
+        self._items[job.row.index] = build_vector_item(job.row, vector)
         self._count("vectors")
 
     def _jobs_of(self, row: Row) -> Iterator[Job]:
@@ -232,23 +233,3 @@ class EmbeddingMember(Member):
 
     def _summary(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {"dimensions": len(items[0]["embedding"])}
-
-
-def _normalize(vector: Sequence[float]) -> list[float]:
-    length = math.sqrt(math.fsum(value * value for value in vector))
-    return [value / length for value in vector] if length else list(vector)
-
-
-def _build_item(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
-    choices = [{"output": one.text, "finish_reason": one.finish_reason} for one in answers]
-    item = {
-        "index": job.row.index,
-        "prompt": job.prompt,
-        **choices[0],
-        "metadata": {
-            **job.row.metadata,
-            "prompt": job.row.prompt,
-            "rendered_prompt": job.prompt,
-        },
-    }
-    return item if len(choices) == 1 else {**item, "choices": choices}

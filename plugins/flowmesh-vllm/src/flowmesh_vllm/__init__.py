@@ -1,0 +1,1 @@
+"""Inference, embeddings and endpoints with vLLM, as plugins of flowmesh."""
