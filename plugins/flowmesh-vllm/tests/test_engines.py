@@ -139,3 +139,23 @@ def test_who_loads_the_engine_spoils_it_for_nobody(
     assert "peft_type must be LORA" in fleet.error("first")
     assert fleet.result("second")["ok"]
     assert "cancelled" in fleet.error("cancelled")
+
+
+def test_a_worker_serves_a_model_until_it_is_told_to_stop(
+    fleet: Any, make_spec: Spec, tiny_llama: Path
+) -> None:
+    openai = pytest.importorskip("openai")
+    spec = make_spec(tiny_llama, taskType="serve", executor="vllm.serve", serve={"api_key": "k"})
+    before = set(fleet.engines())
+    fleet.send("endpoint", spec)
+    result = fleet.result("endpoint")
+    with openai.OpenAI(base_url=result["endpoint"], api_key="k", max_retries=0) as client:
+        said = client.completions.create(
+            model=result["model"], prompt="the quick brown fox", max_tokens=8, temperature=0
+        )
+        assert said.usage.completion_tokens > 0
+        assert len(set(fleet.engines()) - before) == 1
+        fleet.order(type="CANCEL", task_id="endpoint")
+        fleet.wait_for(lambda: set(fleet.engines()) <= before)
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -22,7 +23,13 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from flowmesh_core import Answer, CrashError, ExecutionError, InputError
+from flowmesh_core import (
+    Answer,
+    CrashError,
+    ExecutionError,
+    InputError,
+    available_memory_bytes,
+)
 
 __all__ = ["Prompt", "VllmEngine", "known_arguments"]
 
@@ -90,6 +97,7 @@ class VllmEngine:
         except (ValueError, TypeError, OSError, NotImplementedError) as exc:
             raise InputError(f"{what}: {_one_line(exc)}") from exc
         self._can_sleep = bool(config.model_config.enable_sleep_mode)
+        self._weights_bytes = _size_of_weights(given["model"])
         self.takes_adapters = config.lora_config is not None
         self._renderer = self._llm.renderer
         self._template = chat_template
@@ -210,8 +218,11 @@ class VllmEngine:
         return request
 
     async def sleep(self) -> bool:
-        """Move the weights to the machine's memory; False where the platform cannot."""
+        """Move the weights to the machine's memory; False where they cannot go there."""
         if not self._can_sleep:  # vLLM would stop its scheduler all the same, for ever
+            return False
+        free = available_memory_bytes()
+        if free is not None and free < self._weights_bytes:
             return False
         await self._llm.sleep(level=1)
         return True
@@ -238,6 +249,12 @@ class VllmEngine:
     def _new_id(self) -> str:
         self._count += 1
         return str(self._count)
+
+
+def _size_of_weights(model: str) -> int:
+    """Return the bytes of a model's files; 0 for one that is on the hub."""
+    files = (file for kind in ("safetensors", "bin") for file in Path(model).glob(f"*.{kind}"))
+    return sum(file.stat().st_size for file in files)
 
 
 def _can_sleep() -> bool:
