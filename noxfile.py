@@ -103,15 +103,17 @@ def install_engine(session: nox.Session, name: str) -> None:
     """Install every plugin, and the real engine of one."""
     folder = f"./plugins/flowmesh-{name}"
     # uv does not read pip's variable for a folder of local wheels, such as CPU builds of torch.
-    wheels = os.environ.get("PIP_FIND_LINKS", "")
+    wheels = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")}
     pins = ("-c", f"{folder}/constraints.txt")
     others = [f"./plugins/flowmesh-{other}" for other in NAMES if other != name]
     extras = re.findall(r"^(\w+) = \[", optional_dependencies(folder), re.MULTILINE)
     if "cpu" in extras:
-        extras.remove("engine")  # the same engine, built for a GPU
+        # The whole list as it is: a package index has no builds for the CPU of all that it names.
+        session.install("--no-deps", "-r", f"{folder}/constraints.txt", env=wheels)
+        extras = []
     # gguf: tests make their models from weights of that format.
     paths = [".[testing]", *others, f"{folder}[{','.join(extras)}]", "gguf"]
-    session.install(*paths, *pins, env={"UV_FIND_LINKS": wheels})
+    session.install(*paths, *pins, env=wheels)
     session.install("--no-deps", WEIGHTS)
 
 

@@ -1,4 +1,4 @@
-"""A loaded model behind vLLM's asynchronous engine: the one door to vLLM.
+"""A loaded model behind vLLM's asynchronous engine; with ``loading``, the one door to vLLM.
 
 What arrives while other requests run joins the running batch.
 """
@@ -6,18 +6,13 @@ What arrives while other requests run joins the running batch.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 from vllm import PoolingParams, SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.models.interfaces import supports_lora
-from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,8 +25,9 @@ from flowmesh_core import (
     InputError,
     available_memory_bytes,
 )
+from flowmesh_vllm.loading import build_config, can_sleep, size_of_weights
 
-__all__ = ["Prompt", "VllmEngine", "known_arguments"]
+__all__ = ["Prompt", "VllmEngine"]
 
 _LOOK_S = 0.1
 # "repetition" ends an answer by a rule of the operator's; what else vLLM tells are failures.
@@ -58,11 +54,6 @@ class Prompt:
     tokens: int
 
 
-def known_arguments() -> set[str]:
-    """Return the names of all engine arguments of this vLLM."""
-    return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-
-
 class VllmEngine:
     """A model in memory. Made outside of the event loop, used on it.
 
@@ -83,21 +74,21 @@ class VllmEngine:
     def __init__(self, arguments: Mapping[str, Any], *, chat_template: str | None = None) -> None:
         given = {
             "disable_log_stats": True,
-            "enable_sleep_mode": _can_sleep(),
+            "enable_sleep_mode": can_sleep(),
             **arguments,
         }
         what = f"vLLM cannot load {given['model']} with these model.vllm options"
         try:
-            config = _build_config(given)
+            config = build_config(given)
             self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except RuntimeError as exc:  # its processes tell their reason in the log alone
             raise ExecutionError(
                 f"{what}: {_one_line(exc)}; the task's log has the reason", retriable=True
             ) from exc
         except (ValueError, TypeError, OSError, NotImplementedError) as exc:
-            raise InputError(f"{what}: {_one_line(exc)}") from exc
+            raise InputError(f"{what}: {_one_line(exc)}; the task's log has more") from exc
         self._can_sleep = bool(config.model_config.enable_sleep_mode)
-        self._weights_bytes = _size_of_weights(given["model"])
+        self._weights_bytes = size_of_weights(given["model"])
         self.takes_adapters = config.lora_config is not None
         self._renderer = self._llm.renderer
         self._template = chat_template
@@ -249,37 +240,6 @@ class VllmEngine:
     def _new_id(self) -> str:
         self._count += 1
         return str(self._count)
-
-
-def _size_of_weights(model: str) -> int:
-    """Return the bytes of a model's files; 0 for one that is on the hub."""
-    files = (file for kind in ("safetensors", "bin") for file in Path(model).glob(f"*.{kind}"))
-    return sum(file.stat().st_size for file in files)
-
-
-def _can_sleep() -> bool:
-    """Tell whether the GPU's memory can be given back; elsewhere vLLM refuses to start so."""
-    if not current_platform.is_sleep_mode_available():
-        return False
-    if not (current_platform.is_cuda() or current_platform.is_rocm()):
-        return True
-    from vllm.device_allocator.cumem import cumem_available  # noqa: PLC0415 - loads the driver
-
-    return bool(cumem_available)
-
-
-def _build_config(given: Mapping[str, Any]) -> Any:
-    """Return vLLM's configuration, with adapters where the model's architecture takes them."""
-    arguments = AsyncEngineArgs(**given)
-    config = arguments.create_engine_config()
-    if given.get("enable_lora") is not None:
-        return config
-    model = config.model_config
-    kind, _ = model.registry.resolve_model_cls(model.architectures, model)
-    if not supports_lora(kind):
-        return config
-    arguments.enable_lora = True
-    return arguments.create_engine_config()
 
 
 async def _last(stream: AsyncIterator[Any], on_text: OnText | None) -> Any:

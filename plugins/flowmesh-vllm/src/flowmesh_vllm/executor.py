@@ -57,7 +57,8 @@ class VllmExecutor(Executor):
                 trust_remote_code=trusts,
                 defaults=self.settings.engine_args,
             )
-            from flowmesh_vllm.engine import VllmEngine, known_arguments
+            from flowmesh_vllm.engine import VllmEngine
+            from flowmesh_vllm.loading import known_arguments
 
             refuse_unknown(options.further, known_arguments())
             return VllmEngine(arguments, chat_template=options.chat_template)
