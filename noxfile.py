@@ -122,7 +122,10 @@ def install_engine(session: nox.Session, name: str) -> None:
 def engine(session: nox.Session, name: str) -> None:
     """One plugin with its real engine, and what plugins do together with it."""
     install_engine(session, name)
-    pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow")
+    session.install("pytest-xdist>=3.6")
+    # vLLM's tests wait for processes to start, most of the time; the others compute.
+    parallel = ("-n", "2", "--dist", "loadfile") if name == "vllm" else ()
+    pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow", *parallel)
     pytest(session, f"tests/together/{SHARED[name]}")
 
 
