@@ -32,6 +32,15 @@ SHARED = {
     "trl": "test_training.py",
     "vllm": "test_inference_engines.py",
 }
+# Those with tests that take longer than a change may wait.
+SLOW = [
+    name
+    for name in ENGINES
+    if any(
+        "mark.slow" in path.read_text(encoding="utf-8")
+        for path in ROOT.glob(f"plugins/flowmesh-{name}/tests/test_*.py")
+    )
+]
 TOOLS = ("ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML", "types-psutil")
 
 
@@ -130,7 +139,7 @@ def engine(session: nox.Session, name: str) -> None:
 
 
 @nox.session(python=HERE)
-@nox.parametrize("name", ENGINES)
+@nox.parametrize("name", SLOW)
 def engine_slow(session: nox.Session, name: str) -> None:
     """What of it takes longer than a change may wait: real models, trained and asked."""
     install_engine(session, name)
@@ -182,8 +191,8 @@ def full(session: nox.Session) -> None:
     every += [f"together-{python}" for python in pythons(ROOT)]
     for path, name in zip(PLUGINS, NAMES, strict=True):
         every += [f"plugin-{python}(name='{name}')" for python in pythons(path)]
-    for session_name in ("engine", "engine_slow"):
-        every += [f"{session_name}-{HERE}(name='{name}')" for name in ENGINES]
+    every += [f"engine-{HERE}(name='{name}')" for name in ENGINES]
+    every += [f"engine_slow-{HERE}(name='{name}')" for name in SLOW]
     for name in ("lint", "types", "lowest", "dist", "slow", *every):
         session.notify(name)
 
