@@ -16,7 +16,7 @@ import pytest
 from flowmesh_core import InferenceResult
 
 Spec = Callable[..., dict[str, Any]]
-LONG = {"max_tokens": 450, "n": 2, "temperature": 1.5, "prompt_format": "plain"}
+LONG = {"max_tokens": 220, "n": 2, "temperature": 1.5, "prompt_format": "plain"}
 
 
 @pytest.fixture(scope="module")
