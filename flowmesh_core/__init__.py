@@ -87,6 +87,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.specs import Usage as Usage
     from flowmesh_core.specs import refuse_fields as refuse_fields
     from flowmesh_core.telemetry.probes import GpuReader as GpuReader
+    from flowmesh_core.validation import CommaSeparated as CommaSeparated
     from flowmesh_core.validation import StrictBlock as StrictBlock
     from flowmesh_core.worker import Worker as Worker
 
@@ -122,7 +123,7 @@ _EXPORTS = {
         *("parse_envelope", "parse_message", "parse_task"),
     ),
     "events": ("LogChunk", "TaskEvent", "WorkerEvent"),
-    "validation": ("StrictBlock",),
+    "validation": ("CommaSeparated", "StrictBlock"),
     # The machine and the network around it.
     "places.memory": ("available_memory_bytes",),
     "telemetry.probes": ("GpuReader",),

@@ -9,13 +9,11 @@ import logging
 import time
 import traceback
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
     Iterable,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -24,7 +22,7 @@ import attrs
 
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
-from flowmesh_core.batches import copy_files, holds_files
+from flowmesh_core.batches import holds_files
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
@@ -35,7 +33,6 @@ from flowmesh_core.errors import (
     PluginError,
 )
 from flowmesh_core.executor import (
-    OWNER_FIELDS,
     Capability,
     ExecutorInfo,
     Outcome,
@@ -44,7 +41,7 @@ from flowmesh_core.executor import (
 )
 from flowmesh_core.inputs import Inputs
 from flowmesh_core.masking import SecretMask
-from flowmesh_core.merge import canonical_json, group_key, work_key
+from flowmesh_core.merge import group_key, work_key
 from flowmesh_core.places.base import Job, Place, PlaceContext
 from flowmesh_core.places.settle import as_execution_error
 from flowmesh_core.plugins import Plugins
@@ -91,6 +88,7 @@ class _Run:
     log: TaskLog
     progress: ProgressRecorder
     inline: frozenset[str] = frozenset()
+    is_child: bool = False
     seated: bool = False
     stopping: bool = False
     children: int = 0
@@ -231,99 +229,24 @@ class Runner:
             executor=task.common.executor,
         )
 
-    # Run.
+    # What runs members of one dispatch asks.
 
-    async def run_members(
-        self, members: Sequence[tuple[Task, Attempt]], reservation: Reservation
-    ) -> AsyncIterator[tuple[str, Outcome, bool]]:
-        """Run the members of one dispatch, together or one after the other.
-
-        Yields:
-            Task id, outcome, and whether it is the answer of another task with the same work;
-            each as soon as its member has finished.
-        """
-        if reservation.seats is not None:
-            copies = reservation.seats.batch.copies
-            running = [self._named(task, attempt, reservation) for task, attempt in members]
-            for done in asyncio.as_completed(running):
-                task_id, outcome = await done
-                yield task_id, outcome, task_id in copies or task_id in self._cached
-            return
-        answers = {task.task_id: asyncio.get_running_loop().create_future() for task, _ in members}
-        answering = asyncio.ensure_future(self._answer_all(members, reservation, answers))
-        try:
-            for answer in asyncio.as_completed([*answers.values()]):
-                yield await answer
-        finally:
-            answering.cancel()
-            await asyncio.wait([answering])
-
-    async def _answer_all(
-        self,
-        members: Sequence[tuple[Task, Attempt]],
-        reservation: Reservation,
-        answers: Mapping[str, asyncio.Future[tuple[str, Outcome, bool]]],
-    ) -> None:
-        """Do distinct work at once where every executor takes several tasks, else in turn."""
-        works: dict[object, list[tuple[Task, Attempt]]] = {}
-        for task, attempt in members:
-            work = work_key(task)
-            owner = [task.metadata.get(name) for name in OWNER_FIELDS]
-            key = canonical_json([owner, work]) if work else task.task_id
-            works.setdefault(key, []).append((task, attempt))
-        answer_equal = functools.partial(
-            self._answer_equal, reservation=reservation, answers=answers
-        )
-        try:
-            if all(self._takes_several(task) for task, _ in members):
-                await asyncio.gather(*map(answer_equal, works.values()))
-            else:
-                for equal in works.values():
-                    await answer_equal(equal)
-        except Exception as exc:  # noqa: BLE001 - nobody waits for ever for an answer
-            for answer in answers.values():
-                if not answer.done():
-                    answer.set_exception(exc)
-
-    def _takes_several(self, task: Task) -> bool:
+    def takes_several(self, task: Task) -> bool:
+        """Whether a task's executor takes several at once; a task without one will be told."""
         try:
             return Capability.CONCURRENT in self._resolve(task).capabilities
-        except FlowmeshError:  # it will be told when it runs
+        except FlowmeshError:
             return True
 
-    async def _answer_equal(
-        self,
-        members: Sequence[tuple[Task, Attempt]],
-        reservation: Reservation,
-        answers: Mapping[str, asyncio.Future[tuple[str, Outcome, bool]]],
-    ) -> None:
-        """Run the first of members with the same work; the others get what it got, if it did."""
-        while members:
-            (task, attempt), *same = members
-            outcome = await self.run(task, attempt, reservation)
-            copied = await self._copy(attempt, outcome, same) if outcome.ok else {}
-            for task_id, copy in copied.items():
-                answers[task_id].set_result((task_id, copy, True))
-            cached = task.task_id in self._cached
-            answers[task.task_id].set_result((task.task_id, outcome, cached))
-            members = [member for member in same if member[0].task_id not in copied]
+    def is_stopped(self, task_id: str) -> bool:
+        """Whether somebody has asked a task to stop."""
+        return self._stops[task_id].asked.done()
 
-    async def _named(
-        self, task: Task, attempt: Attempt, reservation: Reservation
-    ) -> tuple[str, Outcome]:
-        return task.task_id, await self.run(task, attempt, reservation)
+    def is_cached(self, task_id: str) -> bool:
+        """Whether a task got the kept result of the same work."""
+        return task_id in self._cached
 
-    async def _copy(
-        self, attempt: Attempt, outcome: Outcome, members: Sequence[tuple[Task, Attempt]]
-    ) -> dict[str, Outcome]:
-        """Give members with the same work its answer, before the folder of the first one moves."""
-        copied = {}
-        for task, own in members:
-            with contextlib.suppress(OSError):  # then its work is done for itself
-                if not self._stops[task.task_id].asked.done():
-                    await asyncio.to_thread(copy_files, attempt.folder, own.folder)
-                    copied[task.task_id] = outcome
-        return copied
+    # Run.
 
     async def run(self, task: Task, attempt: Attempt, reservation: Reservation) -> Outcome:
         """Run one task to its outcome; whatever goes wrong is in the outcome."""
@@ -380,8 +303,10 @@ class Runner:
     async def _execute(self, run: _Run) -> Outcome:
         task, prepare = run.task, self._preparation
         info = self._resolve(task)
-        spec, mask = prepare.put_secrets_in(task)
-        run.mask = run.mask.joined(mask)
+        spec = task.spec
+        if not run.is_child:  # its spec may hold text that its parent read anywhere
+            spec, mask = prepare.put_secrets_in(task)
+            run.mask = run.mask.joined(mask)
         checked = prepare.check_spec(info, task, spec)
         inputs = await _in_time(run, prepare.gather(info, task, spec, run.attempt.folder))
         work = functools.partial(self._run_in_place, run, info, spec, checked, inputs)
@@ -590,7 +515,7 @@ class Runner:
         ends = [parent.deadline, None if limit_s is None else time.monotonic() + limit_s]
         deadline = min((end for end in ends if end is not None), default=None)
         run = self._begin(child, attempt, reservation, deadline, stop, parent.inline)
-        run.mask = parent.mask
+        run.mask, run.is_child = parent.mask, True
         return await self._bound_to(parent, self._run(run), stop, child.task_id)
 
     async def _bound_to(

@@ -12,10 +12,11 @@ from datetime import datetime, timedelta, timezone
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from flowmesh_core.errors import ExecutionError, InputError
 from flowmesh_core.executor import RunContext
+from flowmesh_core.validation import CommaSeparated
 
 __all__ = [
     "ServeSettings",
@@ -41,14 +42,7 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    hosts: tuple[str, ...] = Field(default=(), alias="FLOWMESH_SERVE_HOSTS")
-
-    @field_validator("hosts", mode="before")
-    @classmethod
-    def _split_hosts(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+    hosts: CommaSeparated = Field(default=(), alias="FLOWMESH_SERVE_HOSTS")
 
 
 def check_host(ctx: RunContext) -> None:

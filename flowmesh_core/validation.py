@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 
 from flowmesh_core.errors import ContractError
 from flowmesh_core.wire import MAX_DEPTH
 
-__all__ = ["StrictBlock", "describe_problems", "show_value", "validate_model"]
+__all__ = ["CommaSeparated", "StrictBlock", "describe_problems", "show_value", "validate_model"]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def _split(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+CommaSeparated = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""Texts that a variable holds separated by commas."""
 
 
 def show_value(value: object) -> str:

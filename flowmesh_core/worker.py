@@ -47,6 +47,7 @@ from flowmesh_core.executor import Outcome
 from flowmesh_core.housekeeping.cleaning import build_cleaner
 from flowmesh_core.housekeeping.journal import Hold, Journal
 from flowmesh_core.ledger import Finished, TaskLedger, Verdict
+from flowmesh_core.members import run_members
 from flowmesh_core.merge import failure_document, group_block, share_out
 from flowmesh_core.places.base import PlaceContext
 from flowmesh_core.plugins import Plugins, load_driver, load_plugins
@@ -366,7 +367,7 @@ class Worker:
         if any(attempt.number > 1 for _, attempt in members):
             # A clean-up must see that what an earlier run left, long ago perhaps, is needed again.
             await asyncio.to_thread(self._journal.flush)
-        async for task_id, outcome, copied in self._runner.run_members(members, reservation):
+        async for task_id, outcome, copied in run_members(self._runner, members, reservation):
             run.outcomes[task_id] = outcome
             if not copied:
                 run.computed.append(task_id)

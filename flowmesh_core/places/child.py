@@ -32,7 +32,7 @@ import attrs
 from flowmesh_core.errors import CancelledError, ExecutionError, FlowmeshError, PluginError
 from flowmesh_core.executor import API_VERSION, Executor, ExecutorInfo, Outcome, RunContext
 from flowmesh_core.inputs import Inputs
-from flowmesh_core.places.frames import Decoder, encode
+from flowmesh_core.places.connection import Connection, give_up
 from flowmesh_core.places.settle import answer_group, as_execution_error, as_outcome
 
 __all__ = ["CONTROL_FD", "PROTOCOL_VERSION", "main"]
@@ -40,37 +40,6 @@ __all__ = ["CONTROL_FD", "PROTOCOL_VERSION", "main"]
 CONTROL_FD = 3
 PROTOCOL_VERSION = 2
 _log = logging.getLogger(__name__)
-_CHUNK = 65536
-_LOST = 70
-
-
-class Connection:
-    """The child's end of the socket; ``send`` may be called from any thread."""
-
-    def __init__(self, stream: socket.socket) -> None:
-        self._socket = stream
-        self._sending = threading.Lock()
-        self._decoder = Decoder()
-        self._owner = os.getpid()
-
-    def send(self, channel: int, message: Mapping[str, Any]) -> None:
-        """Send one message; without a worker to hear it the process ends at once.
-
-        A fork of the executor's own has nothing to say.
-        """
-        if os.getpid() != self._owner:
-            return
-        for frame in encode(channel, message):
-            try:
-                with self._sending:
-                    self._socket.sendall(frame)
-            except OSError as exc:
-                _give_up(exc)
-
-    def receive(self) -> list[tuple[int, Any]] | None:
-        """Wait for what comes next; None when the worker is gone."""
-        data = self._socket.recv(_CHUNK)
-        return self._decoder.feed(data) if data else None
 
 
 @attrs.define(eq=False)
@@ -140,7 +109,7 @@ class _Child:
                     self._take(channel, message)
             self._put(None)
         except BaseException as exc:  # noqa: BLE001 - a deaf process is of no use
-            _give_up(exc)
+            give_up(exc)
 
     def _take(self, channel: int, message: Mapping[str, Any]) -> None:
         what = message["do"]
@@ -474,12 +443,6 @@ def _flush_output() -> None:
 def _resolve(future: Future[Outcome], outcome: Mapping[str, Any]) -> None:
     with contextlib.suppress(InvalidStateError):  # the executor gave up on it
         future.set_result(Outcome.from_dict(outcome))
-
-
-def _give_up(exc: BaseException) -> NoReturn:
-    """End the process: it cannot hear its worker any more."""
-    os.write(2, f"fatal: the connection to the worker is lost: {exc!r}\n".encode())
-    os._exit(_LOST)
 
 
 def _refuse(connection: Connection, text: str) -> NoReturn:

@@ -1,9 +1,10 @@
 """What authors and operators test with; each name is loaded on first use.
 
 ``run_task`` runs an executor without a queue; ``RedisServer``, ``WorkerProcess`` and
-``StandInOrchestrator`` are the real surroundings of a worker; ``build_tiny_llama``, ``build_lora``
-and ``build_smollm2`` make real models. The pytest fixtures of ``flowmesh_core.testing.fixtures``
-are there as soon as the package is installed.
+``StandInOrchestrator`` are the real surroundings of a worker; ``wait_for`` waits for what another
+process brings about; ``build_tiny_llama``, ``build_lora`` and ``build_smollm2`` make real models.
+The pytest fixtures of ``flowmesh_core.testing.fixtures`` are there as soon as the package is
+installed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.testing.models import build_tiny_llama as build_tiny_llama
     from flowmesh_core.testing.orchestrator import StandInOrchestrator as StandInOrchestrator
     from flowmesh_core.testing.redis_server import RedisServer as RedisServer
+    from flowmesh_core.testing.waiting import wait_for as wait_for
     from flowmesh_core.testing.worker_process import WorkerProcess as WorkerProcess
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "build_smollm2",
     "build_tiny_llama",
     "run_task",
+    "wait_for",
 ]
 
 _HOME = {
@@ -41,6 +44,7 @@ _HOME = {
     "build_smollm2": "models",
     "build_tiny_llama": "models",
     "run_task": "harness",
+    "wait_for": "waiting",
 }
 
 

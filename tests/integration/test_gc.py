@@ -21,21 +21,13 @@ import redis
 from flowmesh_core.config import load_settings
 from flowmesh_core.events import TASK_STARTED, TASK_SUCCEEDED, TaskEvent
 from flowmesh_core.housekeeping.history import History
+from flowmesh_core.testing import wait_for
 from flowmesh_core.testing.redis_server import RedisServer
 from flowmesh_core.testing.worker_process import WorkerProcess
 from flowmesh_core.transports.redis_pubsub import RedisPubSubTransport
 
 ROUGH = Path(__file__).parents[1] / "executors" / "rough.py"
 ENDS = ("TASK_SUCCEEDED", "TASK_FAILED")
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it did not come about")
 
 
 class Fleet:

@@ -9,9 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from flowmesh_core.local_run import plan
 from flowmesh_core.places.crash import explain_exit
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.resources import parse_resources
-from flowmesh_core.testing import RedisServer, WorkerProcess
+from flowmesh_core.testing import RedisServer, WorkerProcess, wait_for
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -355,13 +354,6 @@ def test_the_rights_of_the_page_are_enough_for_a_worker(
             assert client.execute_command("ACL", "LOG") == []
         finally:
             client.execute_command("ACL", "DELUSER", "gpu-1")
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # Tables.

@@ -27,7 +27,8 @@ LAYERS = (
     " serving merge ledger echo",
     "task_log task_progress",
     "plugins registry artifacts stores transports places telemetry",
-    "checking resources batches reservations preparation result_cache runner presence housekeeping",
+    "checking resources batches reservations members preparation result_cache runner presence"
+    " housekeeping",
     "worker",
     "local_run cli testing __main__",
 )
@@ -58,6 +59,7 @@ ENVIRONMENT = ("config.py", "testing/fixtures.py", "testing/worker_process.py")
 PUBLIC = {"transports", "places", "stores", "workflow", "testing"}
 # The places that may catch everything; each says why beside it.
 CATCHERS = {
+    "members.py",
     "plugins.py",
     "places/child.py",
     "places/engine_process.py",

@@ -23,6 +23,7 @@ from flowmesh_core.telemetry.heartbeat import (
 )
 from flowmesh_core.telemetry.power import PowerSampler
 from flowmesh_core.telemetry.probes import GpuReader
+from flowmesh_core.testing import wait_for
 
 
 class Beats:
@@ -40,13 +41,6 @@ class Beats:
 
     def wait_for(self, count: int) -> None:
         wait_for(lambda: len(self.times_s) >= count)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from flowmesh_core.housekeeping.journal import Hold, Journal, parse_words
 from flowmesh_core.housekeeping.leftovers import State
 from flowmesh_core.plugins import Plugins, load_plugins
 from flowmesh_core.quantities import parse_duration_s, parse_size_bytes
+from flowmesh_core.testing import wait_for
 from flowmesh_core.transports.local import LocalTransport
 from flowmesh_core.worker import Worker
 
@@ -40,15 +41,6 @@ HERE = Destination(type="local")
 DAY_S = 86_400.0
 WEEK = Limits(older_than_s=7 * DAY_S)
 SLACK_S = 61.0
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0) -> Any:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not come about")
 
 
 def wait_until_gone(path: Path) -> None:

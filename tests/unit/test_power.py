@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +13,7 @@ import pytest
 
 from flowmesh_core.telemetry.power import PowerSampler
 from flowmesh_core.telemetry.probes import GpuReader
+from flowmesh_core.testing import wait_for
 
 JOULES_PER_KWH = 3_600_000
 NO_POWER: dict[str, Any] = {"cpu_watts": None, "gpu_watts": {"total": None, "per_gpu": []}}
@@ -88,13 +89,6 @@ def hanging() -> Iterator[FakeNvml]:
     nvml.may_return.clear()
     yield nvml
     nvml.may_return.set()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def latest(sampler: PowerSampler) -> dict[str, Any]:

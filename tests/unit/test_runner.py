@@ -25,6 +25,7 @@ from flowmesh_core.artifacts.layout import TaskFolders
 from flowmesh_core.artifacts.network import NetworkPolicy
 from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import CancelledError, DeadlineError
+from flowmesh_core.members import run_members
 from flowmesh_core.places.base import PlaceContext
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.registry import ExecutorRegistry
@@ -291,7 +292,7 @@ GREEDY = {"inference": {"temperature": 0}}
 CHANCE = {"inference": {"temperature": 1}}
 
 
-def run_members(
+def run_dispatch(
     folder: Path,
     members: Mapping[str, Mapping[str, Any]],
     *,
@@ -336,7 +337,7 @@ def run_members(
         runner.admit(members)
         async with runner.reserve(tasks[0], size=len(tasks)) as reservation:
             pairs = [(task, attempts[task.task_id]) for task in tasks]
-            async for task_id, outcome, copied in runner.run_members(pairs, reservation):
+            async for task_id, outcome, copied in run_members(runner, pairs, reservation):
                 answered.outcomes[task_id] = outcome
                 answered.copied |= {task_id} if copied else set()
                 made = attempts[task_id].folder / "made.txt"
@@ -352,7 +353,7 @@ def run_members(
 
 def test_members_run_at_once_where_the_executor_takes_several(tmp_path: Path) -> None:
     do = {"a": [0.3], "b": [0.1], "c": [0.2]}
-    found = run_members(tmp_path, {name: {**CHANCE, "do": do} for name in "abc"})
+    found = run_dispatch(tmp_path, {name: {**CHANCE, "do": do} for name in "abc"})
     assert found.most == 3
     assert list(found.outcomes) == ["b", "c", "a"], "each is answered as soon as it has finished"
     assert {name: outcome.result["by"] for name, outcome in found.outcomes.items()} == {
@@ -365,7 +366,7 @@ def test_members_run_in_turn_where_it_does_not(tmp_path: Path) -> None:
     do = {"a": [0.1], "b": [0.01]}
     # Each needs an engine of its own, so that nothing but the dispatch itself keeps them apart.
     members = {name: {**CHANCE, "do": do, "model": name} for name in "ab"}
-    found = run_members(tmp_path, members, executor=InTurn)
+    found = run_dispatch(tmp_path, members, executor=InTurn)
     assert found.most == 1
     assert list(found.outcomes) == ["a", "b"]
 
@@ -381,7 +382,7 @@ def test_equal_work_that_chance_does_not_touch_is_done_once(
         "p": {**CHANCE, "data": "x"},
         "q": {**CHANCE, "data": "x"},
     }
-    found = run_members(tmp_path, members, executor=executor)
+    found = run_dispatch(tmp_path, members, executor=executor)
     assert sorted(found.begun) == ["a", "other", "p", "q"]
     assert found.copied == {"same"}
     assert found.outcomes["same"].result == {"by": "a"}
@@ -394,7 +395,7 @@ def test_a_first_of_equals_that_fails_hands_the_work_to_the_next(
 ) -> None:
     do = {"a": [0.01, "fail"], "b": [0.01]}
     members = {name: {**GREEDY, "do": do} for name in "abcd"}
-    found = run_members(tmp_path, members, executor=executor)
+    found = run_dispatch(tmp_path, members, executor=executor)
     assert found.begun == ["a", "b"]
     assert str(found.outcomes["a"].error) == "a fails"
     assert [found.outcomes[name].result for name in "bcd"] == [{"by": "b"}] * 3
@@ -404,7 +405,7 @@ def test_a_first_of_equals_that_fails_hands_the_work_to_the_next(
 
 def test_one_member_that_fails_spoils_no_neighbour(tmp_path: Path) -> None:
     do = {"bad": ["fail"], "good": [0.1]}
-    found = run_members(tmp_path, {name: {**CHANCE, "do": do} for name in ("bad", "good")})
+    found = run_dispatch(tmp_path, {name: {**CHANCE, "do": do} for name in ("bad", "good")})
     assert list(found.outcomes) == ["bad", "good"]
     assert [outcome.ok for outcome in found.outcomes.values()] == [False, True]
 
@@ -412,7 +413,7 @@ def test_one_member_that_fails_spoils_no_neighbour(tmp_path: Path) -> None:
 def test_a_cancel_ends_its_member_alone(tmp_path: Path) -> None:
     do = {"quick": [0.01], "long": ["wait"], "slow": [0.4]}
     members = {name: {**CHANCE, "do": do} for name in ("quick", "long", "slow")}
-    found = run_members(tmp_path, members, cancel={"quick": "long"})
+    found = run_dispatch(tmp_path, members, cancel={"quick": "long"})
     assert list(found.outcomes) == ["quick", "long", "slow"]
     assert isinstance(found.outcomes["long"].error, CancelledError)
     assert str(found.outcomes["long"].error) == "enough"
@@ -423,7 +424,7 @@ def test_an_equal_that_was_cancelled_gets_no_copy(tmp_path: Path) -> None:
     do = {"quick": [0.01], "a": [0.3]}
     same = {**GREEDY, "do": do}
     members = {"quick": {**CHANCE, "do": do}, "a": same, "b": same, "c": same}
-    found = run_members(tmp_path, members, cancel={"quick": "b"})
+    found = run_dispatch(tmp_path, members, cancel={"quick": "b"})
     assert isinstance(found.outcomes["b"].error, CancelledError)
     assert found.outcomes["a"].ok
     assert found.copied == {"c"}
@@ -434,8 +435,30 @@ def test_a_member_that_nobody_serves_is_told_and_holds_up_no_other(tmp_path: Pat
     do = {"a": [0.1], "b": [0.1]}
     members = {name: {**CHANCE, "do": do} for name in ("a", "lost", "b")}
     members["lost"] = {**CHANCE, "executor": "nobody"}
-    found = run_members(tmp_path, members)
+    found = run_dispatch(tmp_path, members)
     assert found.most == 2
     assert "spec.executor asks for" in str(found.outcomes["lost"].error)
     assert found.outcomes["a"].ok
     assert found.outcomes["b"].ok
+
+
+class Asks(Executor):
+    """Starts a task with text that it has read somewhere."""
+
+    async def run(self, ctx: RunContext) -> dict[str, Any]:
+        spec = {"taskType": "echo", "message": "it says ${env.SERVICE_PASSWORD} and ${env.OTHER}"}
+        return {"child": (await ctx.run_task(spec)).result, "own": ctx.spec["password"]}
+
+
+def test_text_in_a_task_that_a_task_starts_names_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVICE_PASSWORD", "hunter2")
+    settings = load_settings({}, results_dir=tmp_path, env_allow=("SERVICE_PASSWORD",))
+    spec = {"password": "${env.SERVICE_PASSWORD}"}
+    run = run_task(Asks, spec, folder=tmp_path, settings=settings)
+    assert run.ok, run.error
+    assert run.result["child"]["echo"]["message"] == (
+        "it says ${env.SERVICE_PASSWORD} and ${env.OTHER}"
+    )
+    assert run.result["own"] == "${env.SERVICE_PASSWORD}"  # resolved, and masked on its way out

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from flowmesh_core.testing import StandInOrchestrator, TaskRun, WorkerProcess, run_task
+from flowmesh_core.testing import StandInOrchestrator, TaskRun, WorkerProcess, run_task, wait_for
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -68,14 +67,6 @@ class Background:
         self._thread.join(120)
         assert self.run is not None, "the task hangs"
         return self.run
-
-
-def wait_for(check: Callable[[], Any], timeout_s: float = 120.0) -> Any:
-    ends = time.monotonic() + timeout_s
-    while not (found := check()):
-        assert time.monotonic() < ends, "not in time"
-        time.sleep(0.05)
-    return found
 
 
 def saved(folder: Path) -> list[int]:

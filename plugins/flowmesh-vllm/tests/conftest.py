@@ -6,8 +6,7 @@ import importlib.util
 import json
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from flowmesh_core.testing import (
     build_lora,
     build_smollm2,
     build_tiny_llama,
+    wait_for,
 )
 
 ENDS = ("TASK_SUCCEEDED", "TASK_FAILED")
@@ -33,15 +33,6 @@ OPTIONS: dict[str, Any] = {
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
 # Its threads wait by spinning, which takes ten times as long beside whatever else runs here.
 os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it did not come about")
 
 
 class Fleet:

@@ -100,13 +100,14 @@ def test_all_else_of_a_message_stays_as_it_is() -> None:
 
 
 def test_what_stands_in_the_message_itself_needs_no_host() -> None:
-    clean_media(said(picture("data:image/png;base64,iVBORw0KGgo=")), ALLOWED)
     sound = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
-    clean_media(said(sound), ALLOWED)
+    for part in (picture("data:image/png;base64,iVBORw0KGgo="), sound):
+        assert clean_media(said(part), ALLOWED) == said(part)
 
 
 def test_without_a_list_every_host_that_is_no_trap_is_allowed() -> None:
-    clean_media(said(picture("http://127.0.0.1/a.png"), picture("https://10.0.0.1/b.png")), ())
+    messages = said(picture("http://127.0.0.1/a.png"), picture("https://10.0.0.1/b.png"))
+    assert clean_media(messages, ()) == messages
 
 
 def test_one_bad_address_among_good_ones_is_found() -> None:
@@ -121,10 +122,14 @@ def test_secrets_of_an_address_are_not_told() -> None:
 
 
 def test_texts_that_only_mention_addresses_pass() -> None:
-    clean_media(said({"type": "text", "text": "file:///etc/passwd"}), ALLOWED)
-    clean_media([{"role": "user", "content": "http://169.254.169.254/"}], ALLOWED)
-    clean_media([{"role": "assistant", "content": None}, {"role": "tool"}], ALLOWED)
-    clean_media([], ALLOWED)
+    messages = [
+        *said({"type": "text", "text": "file:///etc/passwd"}),
+        {"role": "user", "content": "http://169.254.169.254/"},
+        {"role": "assistant", "content": None},
+        {"role": "tool"},
+    ]
+    assert clean_media(messages, ALLOWED) == messages
+    assert clean_media([], ALLOWED) == []
 
 
 def test_nor_are_they_when_the_address_cannot_be_read() -> None:

@@ -39,18 +39,20 @@ def clean_media(
             policy.check(url)
         except FlowmeshError as exc:
             raise InputError(f"a message points to {exc}") from exc
-    return [{**message, "content": _without_names(message.get("content"))} for message in messages]
+    return [_without_names(message) for message in messages]
 
 
-def _without_names(content: Any) -> Any:
+def _without_names(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
     if not isinstance(content, list):
-        return content
-    return [
+        return dict(message)
+    parts = [
         {key: value for key, value in part.items() if key != "uuid"}
         if isinstance(part, Mapping)
         else part
         for part in content
     ]
+    return {**message, "content": parts}
 
 
 def _urls(value: Any, key: str = "") -> Iterator[str]:

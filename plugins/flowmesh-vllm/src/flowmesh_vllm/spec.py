@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from flowmesh_core import EmbeddingSpec, InferenceSpec, Model, ServeSettings, ServeSpec
+from flowmesh_core import (
+    CommaSeparated,
+    EmbeddingSpec,
+    InferenceSpec,
+    Model,
+    ServeSettings,
+    ServeSpec,
+)
 from flowmesh_vllm.arguments import refuse_unsafe
 
 __all__ = [
@@ -136,7 +143,7 @@ class VllmSettings(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
     trust_remote_code: bool = Field(default=False, alias="FLOWMESH_TRUST_REMOTE_CODE")
-    http_allow: tuple[str, ...] = Field(default=(), alias="FLOWMESH_HTTP_ALLOW")
+    http_allow: CommaSeparated = Field(default=(), alias="FLOWMESH_HTTP_ALLOW")
     allowed_dirs: tuple[str, ...] = Field(default=(), alias="FLOWMESH_ALLOWED_DIRS")
     engine_args: dict[str, Any] = Field(default_factory=dict, alias="FLOWMESH_VLLM_ENGINE_ARGS")
 
@@ -146,13 +153,6 @@ class VllmSettings(BaseModel):
         if not isinstance(value, str):
             return value
         return tuple(part for part in value.split(os.pathsep) if part)
-
-    @field_validator("http_allow", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("engine_args", mode="before")
     @classmethod
