@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.answers import derive_seed as derive_seed
     from flowmesh_core.answers import normalize as normalize
     from flowmesh_core.artifacts.network import NetworkPolicy as NetworkPolicy
+    from flowmesh_core.artifacts.network import build_client as build_client
+    from flowmesh_core.artifacts.network import client_hooks as client_hooks
     from flowmesh_core.config import Settings as Settings
     from flowmesh_core.config import load_settings as load_settings
     from flowmesh_core.contract import CONTRACT_VERSION as CONTRACT_VERSION
@@ -55,12 +57,15 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.executor import RunContext as RunContext
     from flowmesh_core.hookspecs import hookimpl as hookimpl
     from flowmesh_core.inputs import AdapterRef as AdapterRef
+    from flowmesh_core.inputs import FileRef as FileRef
     from flowmesh_core.inputs import Inputs as Inputs
     from flowmesh_core.inputs import ModelRef as ModelRef
     from flowmesh_core.inputs import Row as Row
     from flowmesh_core.inputs import RowSource as RowSource
+    from flowmesh_core.masking import SecretMask as SecretMask
     from flowmesh_core.places.memory import available_memory_bytes as available_memory_bytes
     from flowmesh_core.plugins import PluginReport as PluginReport
+    from flowmesh_core.plugins import extensions as extensions
     from flowmesh_core.plugins import load_driver as load_driver
     from flowmesh_core.plugins import load_plugins as load_plugins
     from flowmesh_core.registry import ExecutorRegistry as ExecutorRegistry
@@ -75,6 +80,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.specs import Choice as Choice
     from flowmesh_core.specs import EmbeddingResult as EmbeddingResult
     from flowmesh_core.specs import EmbeddingSpec as EmbeddingSpec
+    from flowmesh_core.specs import FilesBlock as FilesBlock
     from flowmesh_core.specs import InferenceItem as InferenceItem
     from flowmesh_core.specs import InferenceParams as InferenceParams
     from flowmesh_core.specs import InferenceResult as InferenceResult
@@ -100,12 +106,12 @@ _EXPORTS = {
         *("Outcome", "RunContext"),
     ),
     "hookspecs": ("hookimpl",),
-    "inputs": ("AdapterRef", "Inputs", "ModelRef", "Row", "RowSource"),
+    "inputs": ("AdapterRef", "FileRef", "Inputs", "ModelRef", "Row", "RowSource"),
     # Specs and results shared by engines.
     "specs": (
-        *("Choice", "EmbeddingResult", "EmbeddingSpec", "InferenceItem", "InferenceParams"),
-        *("InferenceResult", "InferenceSpec", "Model", "ServeParams", "ServeResult"),
-        *("ServeSpec", "TaskSpec", "Usage", "refuse_fields"),
+        *("Choice", "EmbeddingResult", "EmbeddingSpec", "FilesBlock", "InferenceItem"),
+        *("InferenceParams", "InferenceResult", "InferenceSpec", "Model", "ServeParams"),
+        *("ServeResult", "ServeSpec", "TaskSpec", "Usage", "refuse_fields"),
     ),
     # What engines of inference write alike.
     "answers": (
@@ -127,7 +133,8 @@ _EXPORTS = {
     # The machine and the network around it.
     "places.memory": ("available_memory_bytes",),
     "telemetry.probes": ("GpuReader",),
-    "artifacts.network": ("NetworkPolicy",),
+    "artifacts.network": ("NetworkPolicy", "build_client", "client_hooks"),
+    "masking": ("SecretMask",),
     # Errors.
     "errors": (
         *("ArtifactError", "CancelledError", "ConfigError", "ContractError", "CrashError"),
@@ -137,7 +144,7 @@ _EXPORTS = {
     ),
     # Run a worker.
     "config": ("Settings", "load_settings"),
-    "plugins": ("PluginReport", "load_driver", "load_plugins"),
+    "plugins": ("PluginReport", "extensions", "load_driver", "load_plugins"),
     "registry": ("ExecutorRegistry",),
     "worker": ("Worker",),
 }

@@ -80,6 +80,7 @@ class Fetcher(Protocol):
         filename: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = _DOWNLOAD_TIMEOUT_S,
+        max_bytes: int | None = None,
     ) -> Path:
         """Bring a file into a folder; ``timeout_s`` is for each read, not in total."""
 

@@ -87,9 +87,9 @@ class ExecutorInfo:
         api_version: The ``API_VERSION`` that it was written for.
         spec: ``package.module:Model``, a pydantic model of ``spec``; light to import.
         settings: ``package.module:Model``, a pydantic model that the environment fills.
-        inputs: What the core gathers for it before it runs: ``rows``, ``eval_rows``, ``model``,
-            ``adapters``, ``checkpoint``.
-        models: Paths into ``spec`` of blocks that name further models, like ``reward_model``.
+        inputs: What the core gathers for it before it runs: ``rows``, ``eval_rows``, ``files``,
+            ``model``, ``adapters``, ``checkpoint``.
+        models: Paths into ``spec`` of what names further models, like ``reward_model``.
         engine_key: Paths into ``spec``; tasks that agree on them share a loaded engine.
             ``model.adapters[apply=merge]`` looks at those entries of a list only.
         group_key: Paths into ``spec``; tasks that agree on them may run as one group.

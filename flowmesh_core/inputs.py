@@ -1,4 +1,4 @@
-"""What a task reads, gathered before it runs: rows, model, adapters, checkpoint, earlier results.
+"""What a task reads, gathered before it runs: rows, files, models, weights, earlier results.
 
 The parent turns the document's blocks into local paths and row sources; only these cross to the
 process where the executor runs.
@@ -21,6 +21,7 @@ from flowmesh_core.checkpoints import (
     resolve_checkpoint,
 )
 from flowmesh_core.errors import FlowmeshError, InputError, PluginError
+from flowmesh_core.files import FileRef, resolve_files
 from flowmesh_core.models import (
     InputOptions,
     ModelRef,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # pydantic would cost `flowmesh plugins list` its start time
 __all__ = [
     "AdapterRef",
     "Fetcher",
+    "FileRef",
     "InputOptions",
     "Inputs",
     "ModelRef",
@@ -49,6 +51,7 @@ __all__ = [
     "hub_cache_folder",
     "resolve_adapters",
     "resolve_checkpoint",
+    "resolve_files",
     "resolve_inputs",
     "resolve_model",
 ]
@@ -63,6 +66,7 @@ class Inputs:
     Attributes:
         rows: Prompts or records, read lazily; None when the task has no ``data``.
         eval_rows: Those of ``data.eval``, likewise.
+        files: Those of ``files``, in the document's order.
         models: Further models, by the path into ``spec`` where the document names each.
         checkpoint: File or folder whose weights replace the model's.
         upstream: Stage name to the stored result document of that stage.
@@ -70,6 +74,7 @@ class Inputs:
 
     rows: RowSource | None = None
     eval_rows: RowSource | None = None
+    files: tuple[FileRef, ...] = ()
     model: ModelRef | None = None
     models: Mapping[str, ModelRef] = attrs.field(factory=dict)
     checkpoint: Path | None = None
@@ -81,6 +86,7 @@ class Inputs:
         named = [
             *(model.path for model in (self.model, *self.models.values()) if model),
             *(rows.path for rows in (self.rows, self.eval_rows) if rows),
+            *(file.path for file in self.files),
             self.checkpoint,
             *(adapter.path for adapter in self.adapters),
         ]
@@ -92,6 +98,7 @@ class Inputs:
             self,
             rows=self.rows and self.rows.moved(places),
             eval_rows=self.eval_rows and self.eval_rows.moved(places),
+            files=tuple(attrs.evolve(file, path=places[file.path]) for file in self.files),
             model=self.model and _moved_model(self.model, places),
             models={name: _moved_model(model, places) for name, model in self.models.items()},
             checkpoint=_moved(self.checkpoint, places),
@@ -103,7 +110,8 @@ class Inputs:
 
         What was brought here for this task alone, by its address, does not count.
         """
-        named = [self.model.path if self.model else None, self.checkpoint]
+        named = [model.path for model in (self.model, *self.models.values()) if model]
+        named += [self.checkpoint]
         named += [adapter.path for adapter in self.adapters if adapter.apply == "merge"]
         lasting = (path for path in named if path is not None and ".inputs" not in path.parts)
         return ";".join(state for path in lasting for state in _state(path))
@@ -113,6 +121,7 @@ class Inputs:
         return {
             "rows": self.rows and self.rows.to_dict(),
             "eval_rows": self.eval_rows and self.eval_rows.to_dict(),
+            "files": [file.to_dict() for file in self.files],
             "model": self.model and self.model.to_dict(),
             "models": {name: model.to_dict() for name, model in self.models.items()},
             "checkpoint": self.checkpoint and str(self.checkpoint),
@@ -126,6 +135,7 @@ class Inputs:
         return cls(
             rows=data["rows"] and RowSource.from_dict(data["rows"]),
             eval_rows=data["eval_rows"] and RowSource.from_dict(data["eval_rows"]),
+            files=tuple(map(FileRef.from_dict, data["files"])),
             model=data["model"] and ModelRef.from_dict(data["model"]),
             models={name: ModelRef.from_dict(each) for name, each in data["models"].items()},
             checkpoint=data["checkpoint"] and Path(data["checkpoint"]),
@@ -168,8 +178,8 @@ def resolve_inputs(
 
     Args:
         task: Secrets that its spec names are resolved.
-        wanted: Any of ``rows``, ``eval_rows``, ``model``, ``adapters``, ``checkpoint``.
-        models: Paths into the spec of blocks that name a further model each.
+        wanted: Any of ``rows``, ``eval_rows``, ``files``, ``model``, ``adapters``, ``checkpoint``.
+        models: Paths into the spec of what names a further model each.
         fetcher: Downloads, unpacks and finds earlier results.
         folder: The attempt's folder; what is brought here goes to ``.inputs`` in it.
         sources: Resolvers of further kinds of ``model.source``.
@@ -245,20 +255,33 @@ class _Gathering:
             self.task, self.fetcher, folder=self.folder, trust_remote_code=trust
         )
 
+    def files(self) -> tuple[FileRef, ...]:
+        from flowmesh_core.specs import FilesBlock  # noqa: PLC0415 - see the import block
+
+        if self.task.spec.get("files") is None:
+            return ()
+        return resolve_files(
+            self._block("files", FilesBlock), self.fetcher, folder=self.folder / "files"
+        )
+
     def model(self) -> ModelRef:
         source = self._model_block().source
         return resolve_model(source, self.fetcher, folder=self.folder, options=self.options)
 
     def model_at(self, path: str) -> ModelRef | None:
-        """Find the model of a block like ``model``, or of one with an ``identifier`` of its own."""
+        """Find the model of a block like ``model``, or of an ``identifier`` in it or by itself."""
         from flowmesh_core.specs import ModelSource  # noqa: PLC0415 - see the import block
         from flowmesh_core.validation import validate_model  # noqa: PLC0415 - as above
 
         block = value_at(self.task.spec, path)
         if block is None:
             return None
+        if isinstance(block, str):
+            block = {"identifier": block}
         if not isinstance(block, Mapping):
-            raise InputError(f"must be a mapping with source or identifier, got {block!r}")
+            raise InputError(
+                f"must be an identifier, or a mapping with source or identifier, got {block!r}"
+            )
         if (source := block.get("source")) is None:
             source = {key: block[key] for key in ("identifier", "revision") if key in block}
         found = validate_model(ModelSource, source, where="", prefix=f"spec.{path}.source")
@@ -296,6 +319,7 @@ _GATHERED: Mapping[str, tuple[str, Callable[[_Gathering], Any]]] = {
     "adapters": ("spec.model.adapters", _Gathering.adapters),
     "checkpoint": ("spec.checkpoint.load", _Gathering.checkpoint),
     "eval_rows": ("spec.data.eval", _Gathering.eval_rows),
+    "files": ("spec.files", _Gathering.files),
     "model": ("spec.model.source", _Gathering.model),
     "rows": ("spec.data", _Gathering.rows),
 }

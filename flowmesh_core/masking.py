@@ -17,11 +17,15 @@ _MASKED = "***"
 
 
 class SecretMask:
-    """Puts the name back where the value of a secret appears.
+    """Puts the name back where the value of a secret appears: ``${env.NAME}``.
+
+    The core masks what the task's document named. An executor masks what its settings hold, in
+    all that it returns, raises, logs and writes: ``SecretMask({"ACME_KEY": key}).value(result)``.
+    An object is never changed, so that several threads may share one.
 
     Args:
-        secrets: Value of each variable that the task's document named; short ones are kept too,
-            since the document's author chose to call them secrets.
+        secrets: Value of each variable; empty ones are left out. Short ones are kept: whoever
+            calls them secrets means it.
     """
 
     def __init__(self, secrets: Mapping[str, str]) -> None:

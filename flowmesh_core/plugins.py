@@ -503,8 +503,12 @@ def _raise_load_failure(_manager: Any, point: EntryPoint, exc: BaseException) ->
 def extensions(group: str) -> tuple[dict[str, Any], list[PluginReport]]:
     """Load every entry point of a plugin's own group, such as ``flowmesh.agent.tools``.
 
+    This runs the code of all who registered there, each time: call it where they are listed, and
+    ``load_driver`` where a name picks one.
+
     Returns:
-        The objects that could be loaded by name, and a report for each entry point.
+        What could be loaded, by name, and a report for each entry point: one that is broken, or
+        whose name two distributions claim, is left out and never raises.
     """
     loaded: dict[str, Any] = {}
     candidates = [_from_entry_point(point) for point in _sorted_entry_points(group)]

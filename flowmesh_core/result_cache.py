@@ -58,9 +58,10 @@ def result_key(info: ExecutorInfo, task: Task, inputs: Inputs) -> str | None:
         files = [_identity(path) for path in inputs.paths()]
     except OSError:
         return None
+    names = [file.name for file in inputs.files]
     owner = [task.metadata.get(name) for name in OWNER_FIELDS]
     rows = inputs.rows.to_dict() if inputs.rows and inputs.rows.path is None else None
-    text = canonical_json([info.name, versions, owner, task.task_type, files, rows]) + work
+    text = canonical_json([info.name, versions, owner, task.task_type, files, names, rows]) + work
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "Choice",
     "EmbeddingResult",
     "EmbeddingSpec",
+    "FilesBlock",
     "InferenceItem",
     "InferenceParams",
     "InferenceResult",
@@ -143,6 +144,32 @@ class Checkpoint(OpenBlock):
     """``checkpoint``."""
 
     load: CheckpointLoad | None = None
+
+
+class FilesBlock(StrictBlock):
+    """``files``: what an executor with the input ``files`` reads.
+
+    Attributes:
+        paths: Files, folders and patterns such as ``docs/**/*.md`` on the worker; relative ones
+            count from its working folder. In folders, names that begin with a dot and links that
+            lead out are left out.
+        urls: Downloaded, each to one file.
+        headers: Of each download, so all ``urls`` are of one server where these are secrets.
+        max_files: More are an error.
+        max_bytes: Of all files together.
+    """
+
+    paths: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    urls: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    max_files: int = Field(default=100_000, ge=1, le=1_000_000)
+    max_bytes: int = Field(default=10 * 2**30, ge=1)
+
+    @model_validator(mode="after")
+    def _names_some(self) -> FilesBlock:
+        if not (self.paths or self.urls):
+            raise ValueError("one of paths, urls is required")
+        return self
 
 
 class ResponseFormat(StrictBlock):

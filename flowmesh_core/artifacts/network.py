@@ -10,7 +10,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
@@ -22,7 +22,7 @@ from flowmesh_core.errors import ArtifactError
 if TYPE_CHECKING:  # loaded when the first task needs the network
     import httpx
 
-__all__ = ["NetworkPolicy", "build_async_client", "build_client", "mask_url"]
+__all__ = ["NetworkPolicy", "build_async_client", "build_client", "client_hooks", "mask_url"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Origin = tuple[str, str, int | None]
@@ -59,7 +59,7 @@ _CONNECTED = "connection.connect_tcp.complete"
 
 @attrs.frozen(kw_only=True)
 class NetworkPolicy:
-    """The operator's rules for the network.
+    """The operator's rules for the network; a subclass may refuse more.
 
     Attributes:
         allow: Host names, or ``*.example.org`` for all below one; empty allows every host. The
@@ -97,7 +97,30 @@ class NetworkPolicy:
                 " add it to FLOWMESH_HTTP_ALLOW"
             )
         for address in _addresses(host):
-            check_address(address, url)
+            self.check_peer(address, url)
+
+    def check_peer(self, address: str, url: str) -> None:
+        """Refuse an address of the link-local network or of a cloud's metadata service.
+
+        For clients that ``client_hooks`` does not fit: they call ``check`` before they connect,
+        and this with the address that they reached, which the name may have changed meanwhile.
+
+        Args:
+            address: IP address of the peer, without its port.
+            url: What led there.
+
+        Raises:
+            ArtifactError: It is refused, or no IP address.
+        """
+        try:
+            forms = [*_forms(_parse_address(address))]
+        except ValueError:
+            raise ArtifactError(f"{mask_url(url)} leads to {address!r}, no IP address") from None
+        if any(form in network for form in forms for network in _FORBIDDEN):
+            raise ArtifactError(
+                f"{mask_url(url)} leads to {address}, a link-local or metadata address, which"
+                " workers never open"
+            )
 
     def _allows(self, url: str, host: str) -> bool:
         if not self.allow or self._is_orchestrator(url):
@@ -175,20 +198,6 @@ def _addresses(host: str) -> Iterator[str]:
     yield from (str(entry[4][0]) for entry in found)
 
 
-def check_address(address: str, url: str) -> None:
-    """Refuse an address of the link-local network or of a cloud's metadata service.
-
-    Raises:
-        ArtifactError: Naming the URL that led there.
-    """
-    for form in _forms(_parse_address(address)):
-        if any(form in network for network in _FORBIDDEN):
-            raise ArtifactError(
-                f"{mask_url(url)} leads to {address}, a link-local or metadata address, which"
-                " workers never open"
-            )
-
-
 def _parse_address(text: str) -> Address:
     """Read an address; only one of IPv6 may have a zone, and ``1.2.3.4%.example.org`` is a name."""
     return ipaddress.ip_address(text.partition("%")[0] if ":" in text else text)
@@ -207,27 +216,14 @@ def _forms(address: Address) -> Iterator[Address]:
 
 
 def build_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.Client:
-    """Build a client that keeps the policy on every hop; the timeout is for each read or write."""
+    """Build a client that keeps the policy on every hop; the timeout is for each read or write.
+
+    Redirects are followed, and carry no secret to another origin. What the policy refuses raises
+    ``ArtifactError``. The caller closes it.
+    """
     import httpx  # noqa: PLC0415 - see the import block
 
-    _quieten()
-
-    def before(request: httpx.Request) -> None:
-        url = str(request.url)
-        policy.check(url)
-        _follow(request)
-
-        def watch(event: str, info: Mapping[str, Any]) -> None:
-            if event == _CONNECTED:
-                try:
-                    _check_peer(info["return_value"], url)
-                except ArtifactError:
-                    info["return_value"].close()
-                    raise
-
-        request.extensions["trace"] = watch
-
-    return httpx.Client(timeout=timeout_s, follow_redirects=True, event_hooks={"request": [before]})
+    return httpx.Client(**client_hooks(policy) | {"follow_redirects": True}, timeout=timeout_s)
 
 
 def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> httpx.AsyncClient:
@@ -239,8 +235,53 @@ def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> htt
 
     import httpx  # noqa: PLC0415 - see the import block
 
-    _quieten()
+    return httpx.AsyncClient(
+        **client_hooks(policy, asynchronous=True) | {"follow_redirects": True},
+        timeout=timeout_s,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+    )
 
+
+def client_hooks(policy: NetworkPolicy, *, asynchronous: bool = False) -> dict[str, Any]:
+    """Return arguments with which a library's own httpx client keeps the policy.
+
+    For libraries that pass arguments on: ``QdrantClient(url, **client_hooks(policy))``. Each URL
+    is checked before it is opened, and whom a connection really reached before anything is sent.
+    Redirects are not followed; a library that follows them all the same is checked on every hop.
+
+    Args:
+        policy: Whose ``ArtifactError`` a refused request raises; libraries may wrap it.
+        asynchronous: The client is an ``AsyncClient``; names are then resolved on a thread.
+
+    Returns:
+        ``event_hooks`` and ``follow_redirects``, of which the client must replace neither. One of
+        httpx2 takes them as well.
+    """
+    _quieten()
+    before = _checking_in_turn(policy) if asynchronous else _checking(policy)
+    return {"event_hooks": {"request": [before]}, "follow_redirects": False}
+
+
+def _checking(policy: NetworkPolicy) -> Callable[[httpx.Request], None]:
+    def before(request: httpx.Request) -> None:
+        url = str(request.url)
+        policy.check(url)
+        _follow(request)
+
+        def watch(event: str, info: Mapping[str, Any]) -> None:
+            if event == _CONNECTED:
+                try:
+                    _check_stream(policy, info["return_value"], url)
+                except ArtifactError:
+                    info["return_value"].close()
+                    raise
+
+        request.extensions["trace"] = watch
+
+    return before
+
+
+def _checking_in_turn(policy: NetworkPolicy) -> Callable[[httpx.Request], Awaitable[None]]:
     async def before(request: httpx.Request) -> None:
         url = str(request.url)
         await asyncio.to_thread(policy.check, url)
@@ -249,26 +290,21 @@ def build_async_client(policy: NetworkPolicy, *, timeout_s: float = 60.0) -> htt
         async def watch(event: str, info: Mapping[str, Any]) -> None:
             if event == _CONNECTED:
                 try:
-                    _check_peer(info["return_value"], url)
+                    _check_stream(policy, info["return_value"], url)
                 except ArtifactError:
                     await info["return_value"].aclose()
                     raise
 
         request.extensions["trace"] = watch
 
-    return httpx.AsyncClient(
-        timeout=timeout_s,
-        follow_redirects=True,
-        event_hooks={"request": [before]},
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-    )
+    return before
 
 
 def _quieten() -> None:
     """Keep the library from logging whole URLs, signatures included, at level INFO."""
-    logger = logging.getLogger("httpx")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.WARNING)
+    for logger in map(logging.getLogger, ("httpx", "httpx2")):
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.WARNING)
 
 
 def _follow(request: httpx.Request) -> None:
@@ -290,8 +326,8 @@ def _follow(request: httpx.Request) -> None:
             del request.headers[name]
 
 
-def _check_peer(stream: Any, url: str) -> None:
+def _check_stream(policy: NetworkPolicy, stream: Any, url: str) -> None:
     """Look whom we really reached: the name may have led elsewhere since it was checked."""
     peer = stream.get_extra_info("server_addr")
     if isinstance(peer, tuple):
-        check_address(str(peer[0]), url)
+        policy.check_peer(str(peer[0]), url)

@@ -70,3 +70,47 @@ def test_what_a_failed_attempt_left_comes_back_and_reaches_the_next_one(tmp_path
     assert second.result["told"]["before"] == "by attempt 1"
     assert Path(second.result["told"]["final"]).name == second.folder.name.split(".")[1]
     assert (second.folder / "made.txt").read_text() == "by attempt 2"
+
+
+READER = """
+from flowmesh_core import Executor, ExecutorInfo, hookimpl
+
+class Reads(Executor):
+    def run(self, ctx):
+        files = [[file.name, str(file.path), file.path.read_text()] for file in ctx.inputs.files]
+        return {"ok": True, "files": files}
+
+@hookimpl
+def flowmesh_register_executors():
+    target = f"{__name__}:Reads"
+    return [
+        ExecutorInfo(
+            name="acme.reads",
+            task_types={"acme.reads"},
+            target=target,
+            places=["staged"],
+            inputs={"files"},
+        )
+    ]
+"""
+
+
+def test_files_of_a_folder_are_read_where_they_were_brought(tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    (docs / "sub").mkdir(parents=True)
+    (docs / "a.md").write_text("one")
+    (docs / "sub" / "a.md").write_text("two")
+    plugin = tmp_path / "acme.py"
+    plugin.write_text(READER)
+    outcome = run_task(
+        "acme.reads",
+        {"files": {"paths": [str(docs)]}},
+        folder=results,
+        settings=load_settings({}, results_dir=results),
+        plugin_files=[plugin],
+    )
+    assert outcome.ok, outcome.error
+    names, paths, texts = zip(*outcome.result["files"], strict=True)
+    assert names == ("a.md", "sub/a.md")
+    assert texts == ("one", "two")
+    assert all("flowmesh-elsewhere-" in path for path in paths)

@@ -23,7 +23,7 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 LAYERS = (
     "errors",
     "wire validation quantities contract events config masking importing bounded_folder",
-    "specs workflow templates rows data checkpoints models inputs answers executor hookspecs"
+    "specs workflow templates rows data checkpoints files models inputs answers executor hookspecs"
     " serving merge ledger echo",
     "task_log task_progress",
     "plugins registry artifacts stores transports places telemetry",

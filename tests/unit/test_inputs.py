@@ -1054,21 +1054,40 @@ def test_further_models_are_found_where_the_document_names_them(
     spec = {
         "reward_model": {"identifier": str(judge), "type": "sentiment"},
         "teacher": {"source": {"type": "folder", "path": str(judge)}},
+        "embedding": {"model": str(judge)},
     }
-    inputs = bench.resolve("", spec, models=["reward_model", "teacher", "nobody.at_all"])
+    models = ["reward_model", "teacher", "embedding.model", "nobody.at_all"]
+    inputs = bench.resolve("", spec, models=models)
     assert {name: model.path for name, model in inputs.models.items()} == {
         "reward_model": judge,
         "teacher": judge,
+        "embedding.model": judge,
     }
     assert inputs.moved({judge: Path("/there")}).models["teacher"].path == Path("/there")
-    assert inputs.paths() == (judge, judge)
+    assert inputs.moved({judge: Path("/there")}).models["embedding.model"].path == Path("/there")
+    assert inputs.paths() == (judge, judge, judge)
+
+
+def test_a_text_names_a_further_model_as_an_identifier_does(bench: Bench, tmp_path: Path) -> None:
+    _write(tmp_path / "one.gguf")
+    for text in ("org/name", "bert", str(tmp_path / "one.gguf")):
+        found = [
+            bench.resolve("", {"judge": judge}, models=["judge"], default_identifier="x").models
+            for judge in (text, {"identifier": text}, {"source": {"identifier": text}})
+        ]
+        assert found[0] == found[1] == found[2]
+        assert found[0]["judge"].identifier == text
+        assert (found[0]["judge"].hub_id is None) == text.endswith(".gguf")
 
 
 def test_a_further_model_that_cannot_be_found_is_named(bench: Bench) -> None:
     for block, problem in [
         ({"identifier": "/no/such"}, r"spec\.reward_model: identifier '/no/such' is no file"),
         ({"type": "sentiment"}, r"spec\.reward_model: identifier is required"),
-        ("gpt2", r"spec\.reward_model: must be a mapping with source or identifier, got 'gpt2'"),
+        ("/no/such", r"spec\.reward_model: identifier '/no/such' is no file"),
+        ("a:b", r"spec\.reward_model: identifier 'a:b' is no file or folder here, nor a hub id"),
+        ("", r"spec\.reward_model: identifier is required"),
+        (["gpt2"], r"spec\.reward_model: must be an identifier, or a mapping .* got \['gpt2'\]"),
     ]:
         with pytest.raises(InputError, match=problem):
             bench.resolve(
@@ -1083,15 +1102,17 @@ def test_relative_paths_hold_in_any_working_folder(
     _jsonl(tmp_path / "a.jsonl", {"text": "a"})
     for name in ("model/config.json", "lora/adapter_config.json", "start/config.json"):
         _write(tmp_path / name, "{}")
-    wanted = "rows eval_rows model adapters checkpoint"
+    wanted = "rows eval_rows files model adapters checkpoint"
     spec = {
         "data": {"jsonl_path": "a.jsonl", "eval": {"dataset_name": "a.jsonl"}},
         "model": {"source": {"identifier": "model"}, "adapters": [{"path": "lora"}]},
         "checkpoint": {"load": {"path": "start"}},
         "judge": {"identifier": "model"},
+        "embedding": {"model": "model"},
+        "files": {"paths": ["a.jsonl"]},
     }
-    paths = bench.resolve(wanted, spec, models=["judge"]).paths()
-    assert len(paths) == 6
+    paths = bench.resolve(wanted, spec, models=["judge", "embedding.model"]).paths()
+    assert len(paths) == 8
     assert all(path.is_absolute() for path in paths)
 
 
@@ -1126,3 +1147,7 @@ def test_what_an_engine_was_loaded_from_shows_when_it_is_replaced(tmp_path: Path
     (folder / "model.safetensors").write_bytes(b"newer")
     assert inputs.weights_state() != before
     assert Inputs().weights_state() == ""
+    further = Inputs(models={"judge": ModelRef(identifier="judge", path=folder)})
+    before = further.weights_state()
+    (folder / "model.safetensors").write_bytes(b"the newest")
+    assert further.weights_state() != before

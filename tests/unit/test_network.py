@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import attrs
+import httpx
 import pytest
 
 from flowmesh_core.artifacts.network import (
     NetworkPolicy,
     build_async_client,
     build_client,
+    client_hooks,
     mask_url,
 )
 from flowmesh_core.config import load_settings
@@ -94,6 +97,20 @@ def new_site() -> Iterator[Callable[[], Site]]:
 def test_metadata_and_link_local_addresses_are_refused_in_every_spelling(url: str) -> None:
     with pytest.raises(ArtifactError, match="link-local or metadata"):
         NetworkPolicy().check(url)
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "fe80::1%eth0", "::ffff:169.254.169.254"])
+def test_a_peer_at_a_forbidden_address_is_refused_whatever_led_there(address: str) -> None:
+    url = "https://u:p@files.invalid/x?sig=s3cret"
+    with pytest.raises(ArtifactError, match=f"sig=.* leads to {re.escape(address)}, a link-local"):
+        NetworkPolicy().check_peer(address, url)
+    NetworkPolicy().check_peer("127.0.0.1", url)
+
+
+@pytest.mark.parametrize("address", ["files.invalid", "", "/run/socket", "127.0.0.1:80"])
+def test_a_peer_without_an_address_is_refused(address: str) -> None:
+    with pytest.raises(ArtifactError, match=f"http://h/ leads to '{address}', no IP address"):
+        NetworkPolicy().check_peer(address, "http://h/")
 
 
 @pytest.mark.parametrize(
@@ -293,6 +310,80 @@ def test_coroutines_get_the_same_protection(new_site: Callable[[], Site]) -> Non
     assert asyncio.run(scenario()) == 200
 
 
+# Clients of libraries.
+
+
+def test_a_librarys_client_keeps_the_policy_and_follows_no_redirect(
+    new_site: Callable[[], Site],
+) -> None:
+    site = new_site()
+    site.routes["/start"] = (302, {"Location": METADATA_SERVICE})
+    with httpx.Client(**client_hooks(NetworkPolicy(allow=("127.0.0.1",)))) as client:
+        assert client.get(f"{site.url}/start").status_code == 302
+        assert client.get(f"{site.url}/fine").status_code == 200
+        with pytest.raises(ArtifactError, match=r"host 127\.0\.0\.2 is not among those"):
+            client.get("http://127.0.0.2:1/")
+        with pytest.raises(ArtifactError, match=r"host 169\.254\.169\.254 is not among those"):
+            client.get(f"{site.url}/start", follow_redirects=True)
+
+
+def test_a_librarys_client_for_coroutines_keeps_it_too(new_site: Callable[[], Site]) -> None:
+    site = new_site()
+    site.routes["/start"] = (302, {"Location": METADATA_SERVICE})
+
+    async def scenario() -> None:
+        hooks = client_hooks(NetworkPolicy(allow=("127.0.0.1",)), asynchronous=True)
+        async with httpx.AsyncClient(**hooks) as client:
+            assert (await client.get(f"{site.url}/start")).status_code == 302
+            with pytest.raises(ArtifactError, match="is not among those"):
+                await client.get(f"{site.url}/start", follow_redirects=True)
+            with pytest.raises(ArtifactError, match="is not among those"):
+                await client.get(METADATA_SERVICE)
+
+    asyncio.run(scenario())
+
+
+class Strict(NetworkPolicy):
+    """Refuses the loopback network too, but only of whom it has really reached."""
+
+    def check(self, url: str) -> None:
+        assert url.startswith("http://127.0.0.1:")
+
+    def check_peer(self, address: str, url: str) -> None:
+        if address == "127.0.0.1":
+            raise ArtifactError(f"{url} leads to this machine")
+
+
+def test_whom_a_connection_reached_is_checked_before_anything_is_sent(
+    new_site: Callable[[], Site],
+) -> None:
+    site = new_site()
+    policy = Strict()
+
+    async def scenario() -> None:
+        hooks = client_hooks(policy, asynchronous=True)
+        async with httpx.AsyncClient(**hooks) as other, build_async_client(policy) as own:
+            for client in (other, own):
+                with pytest.raises(ArtifactError, match="leads to this machine"):
+                    await client.get(site.url)
+
+    with httpx.Client(**client_hooks(policy)) as other, build_client(policy) as own:
+        for client in (other, own):
+            with pytest.raises(ArtifactError, match="leads to this machine"):
+                client.get(site.url)
+    asyncio.run(scenario())
+    assert site.seen == []
+
+
+def test_a_policy_that_refuses_more_refuses_names_as_well() -> None:
+    class Narrow(NetworkPolicy):
+        def check_peer(self, address: str, url: str) -> None:
+            raise ArtifactError(f"not {address}")
+
+    with pytest.raises(ArtifactError, match=r"not 127\.0\.0\.1"):
+        Narrow().check("http://127.0.0.1/")
+
+
 def test_one_task_is_not_let_in_with_the_cookie_of_another(new_site: Callable[[], Site]) -> None:
     site = new_site()
     site.routes["/login"] = (200, {"Set-Cookie": "session=s3cret; Path=/"})
@@ -312,6 +403,8 @@ def test_whole_urls_never_reach_the_log(
 ) -> None:
     site = new_site()
     with caplog.at_level(logging.INFO), build_client(NetworkPolicy()) as client:
+        client.get(f"{site.url}/x?signature=s3cret")
+    with caplog.at_level(logging.INFO), httpx.Client(**client_hooks(NetworkPolicy())) as client:
         client.get(f"{site.url}/x?signature=s3cret")
     assert "s3cret" not in caplog.text
 

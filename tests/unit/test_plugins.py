@@ -709,9 +709,9 @@ def test_extensions_come_with_a_report_for_each_and_no_bad_one_spoils_the_rest(
         "exits": "acme_exits:x",
         "twice": "acme_tools:search",
     }
-    site.install("acme-tools", points, group="flowmesh.agent.tools")
-    site.install("more", {"twice": "acme_tools:search"}, group="flowmesh.agent.tools")
-    loaded, reports = extensions("flowmesh.agent.tools")
+    site.install("acme-tools", points, group="acme.tools")
+    site.install("more", {"twice": "acme_tools:search"}, group="acme.tools")
+    loaded, reports = extensions("acme.tools")
     assert {name: tool() for name, tool in loaded.items()} == {"search": 42}
     assert [(row.name, row.state.value) for row in reports] == [
         *(("exits", "broken"), ("gone", "broken"), ("search", "loaded")),

@@ -26,7 +26,7 @@ from flowmesh_core import (
 from flowmesh_core.bounded_folder import BoundedFolder
 from flowmesh_core.contract import parse_task
 from flowmesh_core.errors import DeadlineError, ExecutionError
-from flowmesh_core.inputs import Inputs, ModelRef, RowSource
+from flowmesh_core.inputs import FileRef, Inputs, ModelRef, RowSource
 from flowmesh_core.local_run import LocalRun, StageReport, plan
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.result_cache import ResultCache, result_key
@@ -231,6 +231,17 @@ def test_earlier_results_count_however_they_are_stored() -> None:
     assert told[0] != told[1]
     again = {"task_id": "later", "result": {**said[0], "cached": {"task_id": "t0"}}}
     assert key(spec={"_upstreamResults": {"one": again}}) == told[0]
+
+
+def test_files_count_by_name_and_content(tmp_path: Path) -> None:
+    for name, content in {"a": "x", "b": "x", "c": "y"}.items():
+        (tmp_path / name).write_text(content)
+
+    def of(path: str, name: str) -> str | None:
+        return key(Inputs(files=(FileRef(path=tmp_path / path, name=name),)))
+
+    assert of("a", "one") == of("b", "one") is not None
+    assert len({of("a", "one"), of("a", "two"), of("c", "one")}) == 3
 
 
 def test_rows_that_were_rendered_count_by_what_they_say() -> None:
