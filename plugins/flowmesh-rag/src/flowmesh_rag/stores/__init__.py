@@ -1,0 +1,1 @@
+"""Where vectors lie: the interface and the three stores that come with it."""
