@@ -9,13 +9,14 @@ from pydantic import ValidationError
 
 from flowmesh_core.contract import CommonSpec
 from flowmesh_core.errors import FlowmeshError
+from flowmesh_core.executor import ExecutorInfo
 from flowmesh_core.importing import import_target
 from flowmesh_core.places.environments import check_there
 from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.validation import describe_problems
 from flowmesh_core.workflow import PlannedTask, Workflow
 
-__all__ = ["check_spec", "check_workflow"]
+__all__ = ["check_result", "check_spec", "check_workflow"]
 
 
 def check_workflow(workflow: Workflow, registry: ExecutorRegistry) -> list[str]:
@@ -62,6 +63,22 @@ def check_spec(target: str, spec: Mapping[str, Any]) -> list[str]:
         return _check_model(import_target(target), spec)
     except FlowmeshError as exc:
         return [str(exc)]
+
+
+def check_result(info: ExecutorInfo, result: Mapping[str, Any]) -> list[str]:
+    """Return what an executor's model of its results finds wrong with one.
+
+    Nothing where it declares none, or where that lives in another environment.
+    """
+    if not info.result or info.environment:
+        return []
+    try:
+        import_target(info.result).model_validate(result)
+    except ValidationError as exc:
+        return describe_problems(exc, prefix="result")
+    except FlowmeshError as exc:
+        return [str(exc)]
+    return []
 
 
 def _check_model(model: Any, spec: Mapping[str, Any]) -> list[str]:

@@ -279,6 +279,8 @@ class Settings:
     only_plugins: tuple[str, ...] = _var("FLOWMESH_ONLY_PLUGINS", _names, ())
     disable_plugins: tuple[str, ...] = _var("FLOWMESH_DISABLE_PLUGINS", _names, ())
     strict_plugins: bool = _var("FLOWMESH_STRICT_PLUGINS", _flag, False)
+    plugin_timeout_s: float = _var("FLOWMESH_PLUGIN_TIMEOUT_S", _number(least=0), 10.0)
+    trace_hooks: bool = _var("FLOWMESH_TRACE_HOOKS", _flag, False)
     envs_dir: Path | None = _var("FLOWMESH_ENVS", _folder)  # noqa: RUF009 - it makes a field
     # Archives of models.
     archive_use_pigz: bool = _var("MODEL_ARCHIVE_USE_PIGZ", _flag, False)

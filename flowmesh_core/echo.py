@@ -9,6 +9,9 @@ from flowmesh_core.masking import mask_sensitive
 __all__ = ["EchoExecutor", "flowmesh_register_executors"]
 
 
+EXAMPLE = {"text": "hello"}
+
+
 @hookimpl
 def flowmesh_register_executors() -> list[ExecutorInfo]:
     """Declare ``echo``."""
@@ -18,6 +21,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
             task_types={"echo"},
             target="flowmesh_core.echo:EchoExecutor",
             places=["inline"],
+            example="flowmesh_core.echo:EXAMPLE",
         )
     ]
 

@@ -87,6 +87,9 @@ class ExecutorInfo:
         api_version: The ``API_VERSION`` that it was written for.
         spec: ``package.module:Model``, a pydantic model of ``spec``; light to import.
         settings: ``package.module:Model``, a pydantic model that the environment fills.
+        result: ``package.module:Model``, a pydantic model of what ``run`` answers.
+        example: ``package.module:name`` of a spec that runs within seconds and without a network,
+            or of a callable that gets an empty folder, may put files there and returns one.
         inputs: What the core gathers for it before it runs: ``rows``, ``eval_rows``, ``files``,
             ``model``, ``adapters``, ``checkpoint``.
         models: Paths into ``spec`` of what names further models, like ``reward_model``.
@@ -116,6 +119,8 @@ class ExecutorInfo:
     api_version: str = API_VERSION
     spec: str = ""
     settings: str = ""
+    result: str = ""
+    example: str = ""
     inputs: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
     models: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
     engine_key: tuple[str, ...] = attrs.field(default=(), converter=_ordered)
@@ -132,7 +137,7 @@ class ExecutorInfo:
         problems = []
         if not self.name or not self.task_types:
             problems.append("name and task_types must not be empty")
-        for field in ("target", "spec", "settings"):
+        for field in ("target", "spec", "settings", "result", "example"):
             path = getattr(self, field)
             if (path or field == "target") and not _TARGET.match(path):
                 problems.append(f"{field} must be 'package.module:Name', got {path!r}")

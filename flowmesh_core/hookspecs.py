@@ -23,9 +23,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def flowmesh_register_executors() -> Sequence[ExecutorInfo]:  # type: ignore[empty-body]
     """Declare executors.
 
-    Called once per process when plugins are loaded, on the main thread, before anything runs; it
-    must return within milliseconds and import no engine. If it raises, the plugin is reported
-    as broken and the worker starts without it.
+    Called once per process when plugins are loaded, before anything runs, on a thread of its own;
+    it must return within milliseconds and import no engine. If it raises, or has not returned
+    within ``FLOWMESH_PLUGIN_TIMEOUT_S``, the plugin is reported and the worker starts without it.
     """
 
 

@@ -1,12 +1,11 @@
 """Plugins: found through entry points, loaded under a guard, reported one by one.
 
-Nothing here imports an engine. A plugin that cannot be used is reported and left out; the process
-starts without it. Block lists and version checks act before import.
+Nothing here imports an engine. A plugin that cannot be used, or does not come to an end, is
+reported and left out; the process starts without it. Block lists act before import.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
 import json
@@ -37,9 +36,12 @@ from flowmesh_core.errors import (
     PluginLoadError,
 )
 from flowmesh_core.executor import API_VERSION, ExecutorInfo
+from flowmesh_core.hook_trace import trace_hooks
 from flowmesh_core.importing import import_plugin_file, import_target, plugin_module_name
 from flowmesh_core.places.environments import Environment, list_environments, read_offer
+from flowmesh_core.plugin_reports import PluginReport, PluginState
 from flowmesh_core.registry import ExecutorRegistry, missing_packages
+from flowmesh_core.time_limit import StillRunningError, call_within, describe_exception
 
 __all__ = [
     "PluginReport",
@@ -55,44 +57,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _CORE = "flowmesh-core"
+_SLOW_S = 1.0
 _HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("flowmesh_"))
-
-
-class PluginState(str, enum.Enum):
-    """What became of a plugin at start."""
-
-    LOADED = "loaded"
-    DISABLED = "disabled"
-    MISSING = "missing"
-    """A package that the plugin's module itself imports is not installed."""
-    BROKEN = "broken"
-    CONFLICT = "conflict"
-
-
-@attrs.frozen(kw_only=True)
-class PluginReport:
-    """One row of ``flowmesh plugins list``; ``import_s`` in seconds.
-
-    ``environment`` is the one that the plugin lives in, empty for this process's own. One that
-    cannot be used is a row of its own, without a distribution.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    state: PluginState
-    reason: str = ""
-    import_s: float = 0.0
-    executors: tuple[ExecutorInfo, ...] = ()
-    hooks: tuple[str, ...] = ()
-    environment: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON data."""
-        row = attrs.asdict(self, recurse=False)
-        row.update(state=self.state.value, hooks=list(self.hooks))
-        row["executors"] = [info.to_dict() for info in self.executors]
-        return row
 
 
 @attrs.define
@@ -110,6 +76,7 @@ class _Candidate:
     module: Any = None
     executors: tuple[ExecutorInfo, ...] = ()
     environment: str = ""
+    traceback: str = ""
 
     @property
     def owner(self) -> str:
@@ -136,6 +103,8 @@ class _Candidate:
             executors=self.executors,
             hooks=tuple(hooks) if self.state is PluginState.LOADED else (),
             environment=self.environment,
+            entry_point=self.module_name,
+            traceback=self.traceback,
         )
 
 
@@ -210,7 +179,8 @@ def load_plugins(settings: Settings, *, files: Iterable[Path] = ()) -> Plugins:
     """Discover and load every plugin that the settings allow.
 
     Args:
-        settings: ``only_plugins``, ``disable_plugins``, ``strict_plugins`` are read.
+        settings: ``only_plugins``, ``disable_plugins``, ``strict_plugins``, ``trace_hooks`` and
+            ``plugin_timeout_s`` are read.
         files: Single-file plugins, loaded after the installed ones.
 
     Raises:
@@ -230,15 +200,16 @@ def load_plugins(settings: Settings, *, files: Iterable[Path] = ()) -> Plugins:
     _refuse_duplicates(candidates)
     for candidate in candidates:
         if candidate.state is PluginState.LOADED and not candidate.environment:
-            _load(candidate, manager)
+            _load(candidate, manager, settings)
     _share_out_executors(candidates)
     _refuse_claimed_names(candidates, manager)
-    for candidate in candidates:
+    reports = [candidate.report() for candidate in candidates]
+    for candidate, report in zip(candidates, reports, strict=True):
         must = settings.strict_plugins or candidate in asked_for
-        _complain(candidate, raise_now=must)
+        _complain(report, raise_now=must)
     return Plugins(
         manager,
-        [candidate.report() for candidate in candidates],
+        reports,
         files=files,
         pythons={environment.name: environment.python for environment in environments},
     )
@@ -282,13 +253,14 @@ def _from_row(row: Mapping[str, Any], environment: str) -> _Candidate:
             name=row["name"],
             distribution=row["distribution"],
             version=row["version"],
-            module_name="",
+            module_name=row.get("entry_point", ""),
             load=_never,
             state=PluginState(row["state"]),
             reason=row["reason"],
             import_s=row["import_s"],
             executors=tuple(_settle(info, environment) for info in row["executors"]),
             environment=environment,
+            traceback=row.get("traceback", ""),
         )
     except (KeyError, TypeError, ValueError, PluginError) as exc:
         raise PluginError(f"environment {environment}: cannot read its plugins: {exc!r}") from exc
@@ -336,30 +308,43 @@ def _refuse_duplicates(candidates: Sequence[_Candidate]) -> None:
             one.refuse(PluginState.CONFLICT, reason)
 
 
-def _load(candidate: _Candidate, manager: pluggy.PluginManager) -> None:
+def _load(candidate: _Candidate, manager: pluggy.PluginManager, settings: Settings) -> None:
     started = time.perf_counter()
     try:
-        candidate.module = candidate.load()
-        _register(candidate, manager)
+        candidate.module = call_within(candidate.load, settings.plugin_timeout_s)
+        _register(candidate, manager, settings)
+    except StillRunningError as exc:
+        limit = f"did not load within {settings.plugin_timeout_s:g} s (FLOWMESH_PLUGIN_TIMEOUT_S)"
+        candidate.refuse(PluginState.SLOW, f"{limit}, {exc}")
+        candidate.traceback = exc.stack
     except ModuleNotFoundError as exc:
-        missing = exc.name or str(exc)
-        if f"{candidate.module_name}.".startswith(f"{missing}."):  # its own module is not there
-            candidate.refuse(PluginState.BROKEN, f"ModuleNotFoundError: {exc}")
-        else:
-            reason = f"needs the package {missing}, not installed here"
-            candidate.refuse(PluginState.MISSING, reason)
+        _refuse_missing(candidate, exc)
     except (Exception, SystemExit) as exc:  # noqa: BLE001 - one bad plugin must not stop the process
         _log.debug("plugin %s failed to load", candidate.name, exc_info=True)
-        detail = str(exc) if isinstance(exc, PluginError) else f"{type(exc).__name__}: {exc}"
-        candidate.refuse(PluginState.BROKEN, detail)
+        ours = isinstance(exc, PluginError)
+        candidate.refuse(PluginState.BROKEN, str(exc) if ours else f"{type(exc).__name__}: {exc}")
+        candidate.traceback = "" if ours else describe_exception(exc)
     candidate.import_s = time.perf_counter() - started
 
 
-def _register(candidate: _Candidate, manager: pluggy.PluginManager) -> None:
+def _refuse_missing(candidate: _Candidate, exc: ModuleNotFoundError) -> None:
+    missing = exc.name or str(exc)
+    if f"{candidate.module_name}.".startswith(f"{missing}."):  # its own module is not there
+        candidate.refuse(PluginState.BROKEN, f"ModuleNotFoundError: {exc}")
+    else:
+        reason = f"needs the package {missing}, not installed here"
+        candidate.refuse(PluginState.MISSING, reason)
+    candidate.traceback = describe_exception(exc)
+
+
+def _register(candidate: _Candidate, manager: pluggy.PluginManager, settings: Settings) -> None:
     try:
         manager.register(candidate.module, name=candidate.name)
         manager.check_pending()
-        candidate.executors = tuple(_declared_by(candidate, manager))
+        if settings.trace_hooks:
+            trace_hooks(manager, candidate.module)
+        declare = functools.partial(_declared_by, candidate, manager)
+        candidate.executors = call_within(declare, settings.plugin_timeout_s)
     except BaseException:
         # A registration that is refused half-way leaves the hooks before the bad one behind.
         if manager.get_plugin(candidate.name) is not None:
@@ -367,20 +352,24 @@ def _register(candidate: _Candidate, manager: pluggy.PluginManager) -> None:
         raise
 
 
-def _declared_by(candidate: _Candidate, manager: pluggy.PluginManager) -> Iterable[ExecutorInfo]:
+def _declared_by(candidate: _Candidate, manager: pluggy.PluginManager) -> tuple[ExecutorInfo, ...]:
+    found: list[ExecutorInfo] = []
     for impl in manager.hook.flowmesh_register_executors.get_hookimpls():
-        if impl.plugin_name != candidate.name:
-            continue
-        declared: Any = impl.function()
-        whole = isinstance(declared, Iterable) and not isinstance(declared, (str, Mapping))
-        for info in declared if whole else [declared]:
-            if not whole or not isinstance(info, ExecutorInfo):
-                raise PluginLoadError(
-                    "flowmesh_register_executors must return a list of ExecutorInfo, got "
-                    f"{type(info).__name__}"
-                )
-            _check_api(info, candidate)
-            yield info
+        if impl.plugin_name == candidate.name:
+            found += _check_declared(impl.function(), candidate)
+    return tuple(found)
+
+
+def _check_declared(declared: Any, candidate: _Candidate) -> Iterable[ExecutorInfo]:
+    whole = isinstance(declared, Iterable) and not isinstance(declared, (str, Mapping))
+    for info in declared if whole else [declared]:
+        if not whole or not isinstance(info, ExecutorInfo):
+            raise PluginLoadError(
+                "flowmesh_register_executors must return a list of ExecutorInfo, got "
+                f"{type(info).__name__}"
+            )
+        _check_api(info, candidate)
+        yield info
 
 
 def _check_api(info: ExecutorInfo, candidate: _Candidate) -> None:
@@ -430,20 +419,19 @@ def _refuse_claimed_names(candidates: Sequence[_Candidate], manager: pluggy.Plug
                 claimant.refuse(PluginState.CONFLICT, reason)
 
 
-def _complain(candidate: _Candidate, *, raise_now: bool) -> None:
-    if candidate.state in (PluginState.LOADED, PluginState.DISABLED):
+def _complain(report: PluginReport, *, raise_now: bool) -> None:
+    if report.state is PluginState.LOADED and report.import_s > _SLOW_S and not report.environment:
+        _log.warning(
+            "plugin %s (%s %s) took %.1f s to load; its module should import no engine; run: "
+            "flowmesh plugins doctor %s",
+            *(report.name, report.distribution, report.version, report.import_s, report.name),
+        )
+    if report.ok:
         return
-    where = f", environment {candidate.environment}" if candidate.environment else ""
-    text = (
-        f"plugin {candidate.name} ({candidate.distribution} {candidate.version}, "
-        f"{_CORE} {__version__}{where}) is {candidate.state.value}: {candidate.reason}"
-    )
-    if not candidate.distribution:  # a whole environment, which the reason names
-        text = candidate.reason
     if raise_now:
-        conflict = candidate.state is PluginState.CONFLICT
-        raise (PluginConflictError if conflict else PluginLoadError)(text)
-    _log.error("%s", text)
+        conflict = report.state is PluginState.CONFLICT
+        raise (PluginConflictError if conflict else PluginLoadError)(report.describe())
+    _log.error("%s", report.describe())
 
 
 @functools.cache
@@ -521,3 +509,28 @@ def extensions(group: str) -> tuple[dict[str, Any], list[PluginReport]]:
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - as in _load
             candidate.refuse(PluginState.BROKEN, f"{type(exc).__name__}: {exc}")
     return loaded, [candidate.report() for candidate in candidates]
+
+
+def plugin_names() -> tuple[str, ...]:
+    """Return the name of every installed plugin, sorted, without importing any."""
+    return tuple(sorted({point.name for point in entry_points(group="flowmesh")}))
+
+
+def unmet_requirements(name: str) -> tuple[str, ...] | None:
+    """Return what a distribution requires, extras aside, and what is installed instead.
+
+    None when that cannot be told: it is no distribution, or ``packaging`` is not installed.
+    """
+    try:
+        from packaging.requirements import Requirement  # noqa: PLC0415 - not everywhere
+
+        required = [Requirement(text) for text in distribution(name).requires or ()]
+    except (ImportError, PackageNotFoundError):
+        return None
+    here = [each for each in required if each.marker is None or each.marker.evaluate({"extra": ""})]
+    found = {each: installed_version(each.name) for each in here}
+    return tuple(
+        f"requires {each}, {version or 'nothing'} is installed"
+        for each, version in found.items()
+        if not version or not each.specifier.contains(version, prereleases=True)
+    )

@@ -75,10 +75,7 @@ class Presence:
             "started_at": self._started_at,
             "pid": os.getpid(),
             "executors": [info.to_dict() for info in self._plugins.executors],
-            "plugins": [
-                {"name": report.name, "state": report.state.value, "reason": report.reason}
-                for report in self._plugins.reports
-            ],
+            "plugins": [report.to_wire() for report in self._plugins.reports],
         }
         tags = list(self._settings.worker_tags)
         self._say_of_worker(

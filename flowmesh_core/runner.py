@@ -23,6 +23,7 @@ import attrs
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import Attempt
 from flowmesh_core.batches import holds_files
+from flowmesh_core.checking import check_result
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Task, parse_task
 from flowmesh_core.errors import (
@@ -274,7 +275,8 @@ class Runner:
         )
         progress = ProgressRecorder(
             attempt.folder,
-            lambda values: events.on_progress(task_id, values),
+            # Nobody who hears of progress knows the task that a task started.
+            lambda values: None if run.is_child else events.on_progress(task_id, values),
             interval_s=events.progress_interval_s,
         )
         run = _Run(task, attempt, reservation, deadline, stop, log, progress, inline)
@@ -335,9 +337,11 @@ class Runner:
             gpu_memory_bytes=request.gpu_memory_bytes,
         )
         try:
-            return await self._within_memory(run, place, job)
+            outcome = await self._within_memory(run, place, job)
         finally:
             await place.collect(run.attempt.folder)
+        await _warn_of_misfit(run, info, outcome)
+        return outcome
 
     async def _once(
         self,
@@ -563,6 +567,16 @@ async def _in_time(run: _Run, work: Coroutine[Any, Any, ResultT]) -> ResultT:
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     run.stop.check()
     raise run.too_late()
+
+
+async def _warn_of_misfit(run: _Run, info: ExecutorInfo, outcome: Outcome) -> None:
+    """Say what readers of the result will miss; what was computed is not thrown away for that."""
+    if not info.result or not outcome.ok:
+        return
+    if problems := await asyncio.to_thread(check_result, info, outcome.result):
+        told = run.mask.text("; ".join(problems))
+        task_id, name = run.task.task_id, info.name
+        _log.warning("task %s: not the result that %s declares: %s", task_id, name, told)
 
 
 def _keep(cache: ResultCache, key: str, run: _Run, outcome: Outcome) -> bool:

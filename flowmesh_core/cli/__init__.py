@@ -18,6 +18,8 @@ _COMMANDS = {
     "check": "Explain what is wrong with a workflow, without running it.",
     "worker": "Take tasks from the queue until stopped.",
     "plugins": "Show which plugins and executors are installed.",
+    "kit": "Examine an installed executor: does it keep what executors promise?",
+    "new": "Write the files of a plugin to begin with.",
     "env": "Build and list further virtual environments for plugins.",
     "gc": "Remove old task folders.",
 }

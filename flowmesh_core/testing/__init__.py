@@ -1,10 +1,10 @@
 """What authors and operators test with; each name is loaded on first use.
 
-``run_task`` runs an executor without a queue; ``RedisServer``, ``WorkerProcess`` and
-``StandInOrchestrator`` are the real surroundings of a worker; ``wait_for`` waits for what another
-process brings about; ``build_tiny_llama``, ``build_lora`` and ``build_smollm2`` make real models.
-The pytest fixtures of ``flowmesh_core.testing.fixtures`` are there as soon as the package is
-installed.
+``ExecutorSuite`` checks what every executor must do, ``run_task`` runs one without a queue;
+``RedisServer``, ``WorkerProcess`` and ``StandInOrchestrator`` are the real surroundings of a
+worker; ``wait_for`` waits for what another process brings about; ``build_tiny_llama``,
+``build_lora`` and ``build_smollm2`` make real models. The pytest fixtures of
+``flowmesh_core.testing.fixtures`` are there as soon as the package is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, as type checkers and readers see them
+    from flowmesh_core.testing.executor_suite import ExecutorSuite as ExecutorSuite
     from flowmesh_core.testing.harness import TaskRun as TaskRun
     from flowmesh_core.testing.harness import run_task as run_task
     from flowmesh_core.testing.models import build_lora as build_lora
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the same names, as type checkers and readers see them
     from flowmesh_core.testing.worker_process import WorkerProcess as WorkerProcess
 
 __all__ = [
+    "ExecutorSuite",
     "RedisServer",
     "StandInOrchestrator",
     "TaskRun",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ExecutorSuite": "executor_suite",
     "RedisServer": "redis_server",
     "StandInOrchestrator": "orchestrator",
     "TaskRun": "harness",

@@ -15,10 +15,34 @@ import pytest
 if TYPE_CHECKING:  # for the reason above, not to hide a cycle
     from flowmesh_core.testing.orchestrator import StandInOrchestrator
     from flowmesh_core.testing.redis_server import RedisServer
+    from flowmesh_core.testing.subject import Subject
 
-__all__ = ["flowmesh_orchestrator", "flowmesh_redis_server", "flowmesh_redis_url"]
+__all__ = [
+    "flowmesh_orchestrator",
+    "flowmesh_redis_server",
+    "flowmesh_redis_url",
+    "flowmesh_subject",
+]
 
 DATABASES = range(1, 16)  # never 0, which is where an operator's own data usually are
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker by which checks of a suite name their clause."""
+    config.addinivalue_line(
+        "markers", "flowmesh_clause(name): the row of docs/conformance.md that a check is for"
+    )
+
+
+@pytest.fixture(scope="class")
+def flowmesh_subject(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Subject]:
+    """The executor that a suite examines; its runs are shared by the suite's checks."""
+    from flowmesh_core.testing.subject import Subject
+
+    with Subject(request.cls, tmp_path_factory.mktemp("kit")) as subject:
+        yield subject
 
 
 @pytest.fixture(scope="session")

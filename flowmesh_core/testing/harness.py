@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,19 @@ import attrs
 from flowmesh_core.artifacts.fetch import Fetcher
 from flowmesh_core.artifacts.layout import TaskFolders
 from flowmesh_core.artifacts.network import NetworkPolicy
+from flowmesh_core.checking import check_result
 from flowmesh_core.config import Settings, load_settings
-from flowmesh_core.contract import parse_task
-from flowmesh_core.errors import FlowmeshError
+from flowmesh_core.contract import Task, parse_task
+from flowmesh_core.errors import ExecutionError, FlowmeshError
 from flowmesh_core.executor import Executor, ExecutorInfo, Outcome
 from flowmesh_core.places.base import PlaceContext
 from flowmesh_core.plugins import Plugins, load_plugins
 from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.resources import ResourceLedger
 from flowmesh_core.runner import Runner, RunnerEvents
-from flowmesh_core.telemetry.probes import usable_cores, usable_memory_bytes
+from flowmesh_core.telemetry.probes import Gpu, usable_cores, usable_memory_bytes
 
-__all__ = ["TaskRun", "run_task"]
+__all__ = ["TaskRun", "build_runner", "run_task"]
 
 
 @attrs.frozen(kw_only=True)
@@ -68,7 +69,8 @@ def run_task(
 ) -> TaskRun:
     """Run one task as on a worker: same validation, inputs, limits, masking and places.
 
-    A class runs in this process, an installed executor in a child when it declares so.
+    A class runs in this process, an installed executor in a child when it declares so. A result
+    that does not fit the model that ``ExecutorInfo.result`` names is an error here.
 
     Args:
         executor: A class, or the name of an installed executor.
@@ -105,35 +107,68 @@ async def _run(
         spec.setdefault("executor", info.name)
         registry.register(info, executor)
     progress: list[Mapping[str, Any]] = []
-    folders = TaskFolders(root)
-    runner = Runner(
-        settings,
-        plugins,
-        registry,
-        Fetcher(policy=NetworkPolicy.from_settings(settings), results_dir=root),
-        ledger=ResourceLedger(1, usable_cores(), usable_memory_bytes(), ()),
-        places=PlaceContext(
-            settings=settings,
-            load_class=registry.load_class,
-            folder=folders.worker_log(settings.worker_id).parent,
-            plugin_files=plugins.files,
-            pythons=plugins.pythons,
-        ),
-        events=RunnerEvents(
-            on_progress=lambda _task_id, values: progress.append(values), progress_interval_s=0.0
-        ),
+    runner = build_runner(
+        settings, plugins, registry, lambda _task_id, values: progress.append(values)
     )
     task = parse_task({"spec": spec}, task_id=task_id)
-    attempt = folders.begin(task_id, task.destination)
+    attempt = TaskFolders(root).begin(task_id, task.destination)
     runner.admit([task_id])
     try:
         async with runner.reserve(task) as reservation:
             outcome = await runner.run(task, attempt, reservation)
+        outcome = _refuse_misfit(registry, task, outcome)
     except FlowmeshError as exc:
         outcome = Outcome(error=exc)
     finally:
         await runner.close()
     return TaskRun(outcome=outcome, folder=attempt.folder, progress=tuple(progress))
+
+
+def build_runner(
+    settings: Settings,
+    plugins: Plugins,
+    registry: ExecutorRegistry,
+    on_progress: Callable[[str, Mapping[str, Any]], None],
+    *,
+    slots: int = 1,
+    gpus: Sequence[Gpu] = (),
+) -> Runner:
+    """Return a worker's runner without its queue; close it on the loop that it ran on.
+
+    Args:
+        settings: ``results_dir`` is where everything is written.
+        plugins: For observers, model sources and the files that child processes import.
+        registry: The executors.
+        on_progress: Gets a task id and every report of that task.
+        slots: Tasks at once.
+        gpus: Those that tasks may use.
+    """
+    root = settings.results_dir
+    return Runner(
+        settings,
+        plugins,
+        registry,
+        Fetcher(policy=NetworkPolicy.from_settings(settings), results_dir=root),
+        ledger=ResourceLedger(slots, usable_cores(), usable_memory_bytes(), gpus),
+        places=PlaceContext(
+            settings=settings,
+            load_class=registry.load_class,
+            folder=TaskFolders(root).worker_log(settings.worker_id).parent,
+            plugin_files=plugins.files,
+            pythons=plugins.pythons,
+        ),
+        events=RunnerEvents(on_progress=on_progress, progress_interval_s=0.0),
+    )
+
+
+def _refuse_misfit(registry: ExecutorRegistry, task: Task, outcome: Outcome) -> Outcome:
+    """A worker only warns of a result that is not what its executor declares; a test fails."""
+    info = registry.resolve(task.task_type, task.spec, executor=task.common.executor)
+    problems = check_result(info, outcome.result) if outcome.ok else []
+    if not problems:
+        return outcome
+    told = f"not the result that {info.name} declares: {'; '.join(problems)}"
+    return attrs.evolve(outcome, error=ExecutionError(told))
 
 
 def _bare_info(executor: type[Executor], spec: Mapping[str, Any]) -> ExecutorInfo:

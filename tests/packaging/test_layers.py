@@ -22,15 +22,15 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 # Each line may import from the lines above it, and one way within itself.
 LAYERS = (
     "errors",
-    "wire validation quantities contract events config masking importing bounded_folder",
+    "wire validation quantities contract events config masking importing bounded_folder time_limit",
     "specs workflow templates rows data checkpoints files models inputs answers executor hookspecs"
-    " serving merge ledger echo",
+    " hook_trace serving merge ledger echo",
     "task_log task_progress",
-    "plugins registry artifacts stores transports places telemetry",
+    "plugins plugin_reports registry artifacts stores transports places telemetry",
     "checking resources batches reservations members preparation result_cache runner presence"
-    " housekeeping",
+    " housekeeping doctor doctor_child",
     "worker",
-    "local_run cli testing __main__",
+    "local_run cli testing scaffold __main__",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
@@ -41,7 +41,8 @@ DOORS = {
     "isal": ("artifacts/",),
     "tarfile": ("artifacts/",),
     "zipfile": ("artifacts/",),
-    "importlib.metadata": ("plugins.py",),
+    "importlib.metadata": ("plugins.py", "scaffold/requirements.py"),
+    "packaging": ("plugins.py",),
     "stevedore": ("plugins.py",),
     "psutil": ("telemetry/", "places/", "testing/"),
     "pynvml": ("telemetry/",),
@@ -67,6 +68,7 @@ CATCHERS = {
     "places/settle.py",
     "runner.py",
     "telemetry/heartbeat.py",
+    "time_limit.py",
     "worker.py",
 }
 
@@ -253,9 +255,16 @@ def exported_names() -> set[str]:
     return {alias.name for node in block.body for alias in getattr(node, "names", [])}
 
 
-DISTRIBUTION_OF = {"attr": "attrs", "yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
+DISTRIBUTION_OF = {
+    "attr": "attrs",
+    "fastmcp": "fastmcp-slim",
+    "pydantic_ai": "pydantic-ai-slim",
+    "pynvml": "nvidia-ml-py",
+    "qdrant_edge": "qdrant-edge-py",
+    "yaml": "pyyaml",
+}
 # Asked for only when it is there, with a sentence that says how to install it.
-OPTIONAL = {"datasets"}
+OPTIONAL = {"datasets", "packaging"}
 # Specs are pydantic models and rows attrs classes: the core brings both for its plugins.
 FROM_THE_CORE = {"attrs", "pydantic"}
 

@@ -47,7 +47,8 @@ def outputs(report: dict[str, Any]) -> list[str]:
 
 
 def test_every_example_is_run_by_a_test_here() -> None:
-    tested = set(re.findall(r'"(\w+\.yaml)"', Path(__file__).read_text()))
+    pages = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    tested = set(re.findall(r'"(\w+\.yaml)"', "".join(pages)))
     assert {path.name for path in EXAMPLES.glob("*.yaml")} <= tested
 
 
@@ -55,7 +56,7 @@ def test_every_example_is_run_by_a_test_here() -> None:
     "name",
     [
         *("echo.yaml", "inference.yaml", "pipeline.yaml", "graph_template.yaml", "hub_model.yaml"),
-        "serve.yaml",
+        *("serve.yaml", "simulate.yaml"),
     ],
 )
 def test_an_example_passes_the_check(name: str) -> None:
@@ -91,6 +92,13 @@ def test_the_second_stage_works_on_the_first_ones_answers(tmp_path: Path) -> Non
     records = [json.loads(line) for line in Path(export["path"]).read_text().splitlines()]
     assert [record["short"] for record in records] == outputs(shorten)
     assert [record["long"] for record in records] == asked
+
+
+def test_a_simulated_training_ends_in_a_curve_and_a_model(tmp_path: Path) -> None:
+    (report,) = run("simulate.yaml", tmp_path)
+    assert len(report["result"]["history"]) == 10
+    weights = Path(report["result"]["final_model_path"], "weights.bin")
+    assert weights.stat().st_size == 1_000_000
 
 
 def test_an_example_whose_engine_is_missing_says_how_to_get_it() -> None:

@@ -24,7 +24,8 @@ def test_the_list_names_every_plugin_with_state_and_task_types() -> None:
     assert done.returncode == 0, done.stderr
     assert "PLUGIN" in done.stdout
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("echo ")]
-    assert row.split() == ["echo", "flowmesh-core", "0.1.0", "loaded", "echo", "(echo)"]
+    told = ["echo", "flowmesh-core", "0.1.0", "loaded", "ms", "echo", "(echo)"]
+    assert [word for word in row.split() if not word.isdecimal()] == told
 
 
 def test_the_json_list_holds_the_declarations() -> None:
@@ -41,7 +42,8 @@ def test_show_prints_one_plugin_and_refuses_a_stranger() -> None:
     assert "task_types: echo" in flowmesh("plugins", "show", "echo").stdout
     done = flowmesh("plugins", "show", "nothing")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: plugin 'nothing' is not installed; installed are echo")
+    assert done.stderr.startswith("error: plugin 'nothing' is not installed; installed are ")
+    assert "echo" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "check", "worker", "plugins"])
@@ -62,7 +64,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
         ("a: [", "must be a YAML document"),
         ("a: 1\n---\nb: 2", "must hold one YAML document, got 2"),
         ("- 1", "must be a mapping, got list"),
-        ("spec: {taskType: nothing}", "task type 'nothing' is not known here; known are echo"),
+        ("spec: {taskType: nothing}", "task type 'nothing' is not known here; known are "),
         ("spec: {}", "spec.taskType is required"),
         (
             "spec: {taskType: echo, stages: [{name: a, dependsOn: [b]}, {name: a}]}",

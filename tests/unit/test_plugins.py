@@ -6,8 +6,10 @@ import logging
 import sys
 import sysconfig
 import textwrap
+import threading
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from flowmesh_core.plugins import (
     extensions,
     load_driver,
     load_plugins,
+    plugin_names,
+    unmet_requirements,
 )
 from flowmesh_core.registry import ExecutorRegistry
 
@@ -261,9 +265,10 @@ def test_a_broken_plugin_is_left_out_and_says_why_in_one_line(
     assert (broken.executors, broken.hooks) == ((), ())
     assert [info.name for info in plugins.executors] == ["acme.tts", "echo"]
     (line,) = errors(caplog)
-    core = f"flowmesh-core {flowmesh_core.__version__}"
-    assert line.startswith(f"plugin acme (dist-acme 1.2, {core}) is {broken.state.value}: ")
+    who = f"dist-acme 1.2, entry point acme_plugin, flowmesh-core {flowmesh_core.__version__}"
+    assert line.startswith(f"plugin acme ({who}) is {broken.state.value}: ")
     assert reason in line
+    assert line.endswith("; run: flowmesh plugins doctor acme")
     plugins.observe("flowmesh_after_task", task_id="", task_type="", outcome=None, runtime_s=0)
     assert len(errors(caplog)) == 1, "a refused plugin's other hooks are still called"
 
@@ -290,6 +295,143 @@ def test_the_traceback_of_a_broken_plugin_is_kept_at_debug(
     (record,) = [r for r in caplog.records if r.exc_info]
     assert record.levelno == logging.DEBUG
     assert "acme_plugin.py" in caplog.text
+
+
+def test_the_report_keeps_the_traceback_without_the_steps_that_led_there(site: Site) -> None:
+    site.plugin(
+        "acme",
+        "def buy():\n    raise RuntimeError('sold out')\ntry:\n    buy()\n"
+        "except RuntimeError as exc:\n    raise ImportError('no acme') from exc\n",
+    )
+    report = only(load("acme")[1])
+    lines = report.traceback.splitlines()
+    assert [line for line in lines if "acme_plugin.py" in line] != []
+    assert {line.split('"')[1] for line in lines if "  File " in line} == {
+        str(site.folder / "acme_plugin.py")
+    }
+    assert "RuntimeError: sold out" in lines
+    assert lines[-1] == "ImportError: no acme"
+    assert report.to_dict()["traceback"] == report.traceback
+
+
+def test_what_we_refuse_ourselves_has_a_reason_and_no_traceback(site: Site) -> None:
+    site.plugin("acme", RETURNS + "[info(api_version='7.1')]")
+    assert only(load("acme")[1]).traceback == ""
+
+
+# Plugins that do not come back. They wait for what a test gives them, so that no clock decides.
+
+
+WAITING = """
+import threading
+start, went_on = threading.Event(), threading.Event()
+"""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        WAITING + "start.wait(60)\n" + REGISTER.format("") + "went_on.set()\n",
+        WAITING + "@hookimpl\ndef flowmesh_register_executors():\n    start.wait(60)\n"
+        "    went_on.set()\n    return [info()]\n",
+    ],
+    ids=["import", "hook"],
+)
+def test_a_plugin_that_hangs_is_left_out_and_says_where(
+    site: Site, caplog: pytest.LogCaptureFixture, source: str
+) -> None:
+    site.plugin("acme", source)
+    site.plugin("good")
+    plugins, reports = load("acme", "good", plugin_timeout_s=0.2)
+    slow = reports["dist-acme:acme"]
+    assert slow.state is PluginState.SLOW
+    assert slow.reason.startswith("did not load within 0.2 s (FLOWMESH_PLUGIN_TIMEOUT_S)")
+    assert str(site.folder / "acme_plugin.py") in slow.traceback
+    assert "start.wait(60)" in slow.traceback
+    assert [info.name for info in plugins.executors] == ["acme.tts"], "that of the good one"
+    (line,) = errors(caplog)
+    assert "plugin acme (dist-acme 1.2" in line
+    assert "is slow: did not load within" in line
+    # What comes too late changes nothing.
+    sys.modules["acme_plugin"].start.set()
+    assert sys.modules["acme_plugin"].went_on.wait(20)
+    assert plugins.manager.get_plugin("acme") is None
+    assert [report.state for report in reports.values()] == [PluginState.SLOW, PluginState.LOADED]
+
+
+def test_no_limit_means_that_a_plugin_is_loaded_on_the_calling_thread(site: Site) -> None:
+    site.plugin(
+        "acme", "import threading\nthread = threading.current_thread()\n" + REGISTER.format("")
+    )
+    load("acme", plugin_timeout_s=0.0)
+    assert sys.modules["acme_plugin"].thread is threading.current_thread()
+    del sys.modules["acme_plugin"]
+    load("acme", plugin_timeout_s=20.0)
+    assert sys.modules["acme_plugin"].thread is not threading.current_thread()
+
+
+def test_ctrl_c_during_an_import_is_no_broken_plugin(site: Site) -> None:
+    site.plugin("acme", "raise KeyboardInterrupt('by hand')")
+    with pytest.raises(KeyboardInterrupt, match="by hand"):
+        load("acme")
+
+
+def test_a_plugin_that_takes_its_time_is_loaded_with_a_warning(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.plugin("acme")
+    monkeypatch.setattr("flowmesh_core.plugins._SLOW_S", 0.0)
+    assert only(load("acme")[1]).state is PluginState.LOADED
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert line.startswith("plugin acme (dist-acme 1.2) took ")
+    assert line.endswith("run: flowmesh plugins doctor acme")
+
+
+def test_the_registration_names_distribution_entry_point_and_what_to_do(site: Site) -> None:
+    site.plugin("acme", "raise RuntimeError('on import')")
+    site.plugin("good")
+    _, reports = load("acme", "good")
+    assert reports["dist-acme:acme"].to_wire() == {
+        "name": "acme",
+        "distribution": "dist-acme",
+        "version": "1.2",
+        "entry_point": "acme_plugin",
+        "environment": "",
+        "state": "broken",
+        "reason": "RuntimeError: on import",
+        "hint": "run: flowmesh plugins doctor acme",
+    }
+    assert reports["dist-good:good"].to_wire()["hint"] == ""
+
+
+# What is installed.
+
+
+def test_the_names_of_plugins_are_told_without_importing_any(site: Site) -> None:
+    site.plugin("acme", BOMB)
+    site.plugin("acme", BOMB, by="acme-fork")
+    assert [name for name in plugin_names() if name == "acme"] == ["acme"]
+    assert "acme_plugin" not in sys.modules
+
+
+def test_unmet_requirements_name_what_is_wanted_and_what_is_there(site: Site) -> None:
+    site.install("wants", {})
+    metadata = site.folder / "wants-1.2.dist-info" / "METADATA"
+    with metadata.open("a") as file:
+        file.write("Requires-Dist: attrs>=1\nRequires-Dist: pluggy>=77\nRequires-Dist: gone-x\n")
+        file.write("Requires-Dist: gone-y; extra == 'engine'\n")
+        file.write("Requires-Dist: gone-z; python_version < '3'\n")
+    assert unmet_requirements("wants") == (
+        f"requires pluggy>=77, {version('pluggy')} is installed",
+        "requires gone-x, nothing is installed",
+    )
+    assert unmet_requirements("flowmesh-core") == ()
+    assert unmet_requirements("/a/file.py") is None
+
+
+def test_requirements_cannot_be_told_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert unmet_requirements("flowmesh-core") is None
 
 
 def test_strict_raises_for_the_first_refused_plugin(site: Site) -> None:
@@ -584,8 +726,9 @@ def test_a_plugin_that_is_broken_in_its_environment_says_why(
     plugins, _ = load("acme", "good", envs_dir=tmp_path / "envs")
     core = f"flowmesh-core {flowmesh_core.__version__}"
     assert errors(caplog) == [
-        f"plugin acme (dist-acme 1.2, {core}, environment blue) is broken: "
-        "ZeroDivisionError: division by zero"
+        f"plugin acme (dist-acme 1.2, entry point acme_plugin, {core}, environment blue) is "
+        "broken: "
+        "ZeroDivisionError: division by zero; run: flowmesh plugins doctor acme"
     ]
     assert [info.name for info in plugins.executors] == ["acme.tts"]
 

@@ -462,3 +462,25 @@ def test_text_in_a_task_that_a_task_starts_names_no_secret(
         "it says ${env.SERVICE_PASSWORD} and ${env.OTHER}"
     )
     assert run.result["own"] == "${env.SERVICE_PASSWORD}"  # resolved, and masked on its way out
+
+
+class Reports(Executor):
+    async def run(self, ctx: RunContext) -> dict[str, Any]:
+        ctx.progress(message=ctx.spec["name"])
+        if ctx.spec["name"] == "parent":
+            await ctx.run_task({"taskType": "test", "name": "child"})
+        return {}
+
+
+def test_progress_of_a_task_that_a_task_starts_stays_in_its_folder(tmp_path: Path) -> None:
+    info = ExecutorInfo(
+        name="test.reports",
+        task_types={"test"},
+        target="x:y",
+        places=["inline"],
+        capabilities={Capability.CPU, Capability.CONCURRENT},
+    )
+    run = run_task(Reports, {"name": "parent"}, info=info, folder=tmp_path)
+    assert run.ok, run.error
+    assert [values["message"] for values in run.progress] == ["parent"]
+    assert "child" in (run.folder / "children" / "1" / "metrics.jsonl").read_text()

@@ -30,6 +30,8 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         target="flowmesh_llamacpp.executor:LlamacppExecutor",
         capabilities={Capability.CPU, Capability.CONCURRENT},
         spec="flowmesh_llamacpp.spec:LlamacppSpec",
+        result="flowmesh_core:InferenceResult",
+        example="flowmesh_llamacpp.examples:INFERENCE",
         inputs={"rows", "model", "adapters", "checkpoint"},
         engine_key=ENGINE_KEY,
         group_key=ENGINE_KEY,  # sampling belongs to each prompt, so that any members agree
@@ -42,6 +44,8 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         target="flowmesh_llamacpp.serve:LlamacppServer",
         capabilities={Capability.CPU, Capability.SERVICE},
         spec="flowmesh_llamacpp.spec:LlamacppServeSpec",
+        result="flowmesh_core:ServeResult",
+        example="flowmesh_llamacpp.examples:SERVE",
         settings="flowmesh_core:ServeSettings",
         inputs={"model", "adapters", "checkpoint"},
         engine_key=(*ENGINE_KEY, "serve"),

@@ -1,0 +1,121 @@
+"""Executors that do everything right, for others to break in one way each; single-file plugin."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from flowmesh_core import (
+    Capability,
+    Executor,
+    ExecutorInfo,
+    InputError,
+    Outcome,
+    RunContext,
+    StrictBlock,
+    TaskSpec,
+    hookimpl,
+)
+
+EXAMPLE = {"data": {"type": "list", "items": ["hello", "world"]}}
+
+
+class Voice(StrictBlock):
+    pitch: int = 0
+
+
+class ShoutSpec(TaskSpec):
+    voice: Voice = Voice()
+    steps: int = 2
+
+
+class Item(BaseModel):
+    index: int
+    output: str
+
+
+class ShoutResult(BaseModel):
+    ok: bool
+    items: list[Item]
+
+
+def declare(name: str, *more: Capability, place: str = "process", **fields: Any) -> ExecutorInfo:
+    known: dict[str, Any] = {
+        "name": name,
+        "task_types": {name},
+        "capabilities": {Capability.CPU, *more},
+        "places": [place],
+        "spec": "flowmesh_plugin_sound:ShoutSpec",
+        "result": "flowmesh_plugin_sound:ShoutResult",
+        "example": "flowmesh_plugin_sound:EXAMPLE",
+        "inputs": {"rows"},
+        "engine_key": ["engine"],
+        "group_key": ["voice"],
+    }
+    return ExecutorInfo(**{**known, **fields})
+
+
+@hookimpl
+def flowmesh_register_executors() -> list[ExecutorInfo]:
+    every = (Capability.GROUP, Capability.BATCH_INVARIANT, Capability.SHRINK)
+    return [
+        declare("sound", *every, target=f"{__name__}:Sound"),
+        declare("sound.inline", place="inline", target=f"{__name__}:Sound"),
+        declare("sound.together", Capability.CONCURRENT, target=f"{__name__}:Together"),
+        declare("sound.absent", needs=["acme_no_engine"], target=f"{__name__}:Sound"),
+        declare("sound.serves", Capability.SERVICE, target=f"{__name__}:Serves"),
+    ]
+
+
+class Sound(Executor):
+    """Shouts; stops when it is asked, knows what it cannot do, leaves nothing behind."""
+
+    def run(self, ctx: RunContext) -> Any:
+        for step in range(ctx.spec.steps):
+            ctx.check()
+            if ctx.spec.steps > 2:
+                time.sleep(0.01)
+            ctx.progress(step=step + 1, total=ctx.spec.steps)
+        return self.answer(ctx)
+
+    def answer(self, ctx: RunContext) -> Any:
+        (ctx.folder / "said.txt").write_text("done")
+        return {"ok": True, "items": self.items(ctx)}
+
+    def items(self, ctx: RunContext) -> list[Mapping[str, Any]]:
+        prompts = [str(row.prompt) for row in ctx.inputs.rows or ()]
+        if "bad" in prompts:
+            raise InputError("row 'bad' must be good")
+        return [{"index": n, "output": text.upper()} for n, text in enumerate(prompts)]
+
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
+        for ctx in ctxs:
+            try:
+                yield ctx.task_id, self.run(ctx)
+            except InputError as exc:
+                yield ctx.task_id, Outcome(error=exc)
+
+
+class Together(Sound):
+    async def run(self, ctx: RunContext) -> Any:
+        for _ in range(ctx.spec.steps):
+            await self.pause(0.01)
+        return self.answer(ctx)
+
+    async def pause(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+
+
+class Serves(Sound):
+    def run(self, ctx: RunContext) -> Any:
+        self.announce(ctx, self.answer(ctx))
+        while not ctx.cancelled:
+            time.sleep(0.01)
+        return {"ok": True, "items": []}
+
+    def announce(self, ctx: RunContext, result: Any) -> None:
+        ctx.ready(result)

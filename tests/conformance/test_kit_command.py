@@ -1,0 +1,128 @@
+"""``flowmesh kit``, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOUND = Path(__file__).parent / "broken" / "sound.py"
+EXECUTORS = Path(__file__).parent / "broken" / "executors.py"
+
+
+def kit(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flowmesh_core", "kit", *arguments],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_a_declared_example_is_enough(tmp_path: Path) -> None:
+    done = kit("echo", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *lines, last = done.stdout.splitlines()
+    assert first.startswith("echo of flowmesh-core ")
+    assert "executor API 1.0 x kit 1.0, flowmesh-core " in first
+    assert "  passed   its example succeeds [example]" in lines
+    at = lines.index("  skipped  what it refuses is not tried again [final]")
+    assert lines[at + 1].strip() == "give refused: specs that it must refuse"
+    assert "passed" in last
+    assert "failed" not in last
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_is_shown_by_its_first_line_and_ends_it_with_1(tmp_path: Path) -> None:
+    files = ("--plugin", str(SOUND), "--plugin", str(EXECUTORS))
+    done = kit("broken.AnswersNaN", *files, "-k", "example or result", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    at = lines.index("  failed   its result is json of the declared model [result]")
+    assert lines[at + 1].strip() == "result.score is nan, which JSON has no number for"
+    assert lines[-1] == "1 failed, 1 passed"
+
+
+def test_the_report_as_json_says_everything(tmp_path: Path) -> None:
+    report = report_of(kit("echo", "--json", "-k", "succeeds", cwd=tmp_path))
+    checks = report.pop("checks")
+    assert report.keys() == {
+        *("executor", "distribution", "version"),
+        *("core_version", "api_version", "kit_version"),
+    }
+    assert (report["executor"], report["distribution"]) == ("echo", "flowmesh-core")
+    assert [(check["clause"], check["outcome"]) for check in checks] == [
+        ("example", "passed"),
+        ("retry", "passed"),
+    ]
+
+
+@pytest.mark.parametrize("form", ["document", "spec"])
+def test_a_document_of_standard_input_can_be_changed(form: str, tmp_path: Path) -> None:
+    spec = {"data": {"type": "list", "items": ["a"]}, "steps": 2}
+    document = {"spec": spec} if form == "document" else spec
+    change = "spec.steps=many" if form == "document" else "steps=many"
+    arguments = ("sound", "--plugin", str(SOUND), "--spec", "-", "-k", "succeeds", "--json")
+    good = report_of(kit(*arguments, cwd=tmp_path, stdin=json.dumps(document)))
+    assert good["checks"][0]["outcome"] == "passed"
+    done = kit(*arguments, "--set", change, cwd=tmp_path, stdin=json.dumps(document))
+    assert done.returncode == 1
+    fault = report_of(done)["checks"][0]["reason"]
+    assert "spec.steps must be a whole number, got 'many'" in fault
+
+
+def test_without_its_engine_what_needs_none_is_checked(tmp_path: Path) -> None:
+    arguments = ("sound.absent", "--plugin", str(SOUND), "--json", "-k")
+    done = kit(*arguments, "engine or example or attempt", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    checks = {check["clause"]: check for check in report_of(done)["checks"]}
+    assert {name: check["outcome"] for name, check in checks.items()} == {
+        "light": "passed",
+        "example": "skipped",
+        "retry": "skipped",
+    }
+    assert "needs the package acme_no_engine, not installed here" in checks["example"]["reason"]
+
+
+def test_an_unknown_executor_is_an_error_that_names_the_known(tmp_path: Path) -> None:
+    done = kit("acme.gone", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: executor 'acme.gone' is not installed; installed are " in done.stderr
+    assert "echo" in done.stderr
+
+
+def test_an_expression_that_picks_nothing_is_an_error(tmp_path: Path) -> None:
+    done = kit("echo", "-k", "nothing_like_it", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: no check was run (pytest ended with 5)" in done.stderr
+
+
+def test_without_pytest_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys; from importlib.machinery import PathFinder; real = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *a: None if name == 'pytest' else real(name, *a)\n"
+        "sys.argv = ['flowmesh', 'kit', 'echo']; from flowmesh_core.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "the kit needs pytest; run: pip install 'flowmesh-core[testing]'" in done.stderr
+
+
+def test_a_change_without_a_document_is_refused(tmp_path: Path) -> None:
+    done = kit("echo", "--set", "a=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--set changes a document; name it with --spec" in done.stderr

@@ -1,0 +1,65 @@
+"""Our own executors, and those that others break here, keep what the kit checks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from flowmesh_core.echo import EchoExecutor
+from flowmesh_core.executor import ExecutorInfo
+from flowmesh_core.testing import ExecutorSuite
+
+SOUND = Path(__file__).parent / "broken" / "sound.py"
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+class TestEcho(ExecutorSuite):
+    executor = "echo"
+    refused: ClassVar[Any] = [{"timeoutSec": 0}]
+
+
+class TestEchoAsAClass(ExecutorSuite):
+    executor = EchoExecutor
+    info = ExecutorInfo(name="acme.echo", task_types="acme.echo", target="flowmesh_core.echo:Echo")
+
+    @staticmethod
+    def spec(folder: Path) -> dict[str, Any]:
+        (folder / "text").write_text("from a file")
+        return {"text": (folder / "text").read_text()}
+
+
+class TestSound(ExecutorSuite):
+    executor = "sound"
+    plugin_files: ClassVar[Any] = [SOUND]
+    long_spec: ClassVar[Any] = {"steps": 10**6, "data": {"type": "list", "items": ["a"]}}
+    refused: ClassVar[Any] = [
+        {"voice": {"pitsh": 1}},
+        {"data": {"type": "list", "items": ["bad"]}},
+    ]
+
+
+class TestSoundInline(TestSound):
+    executor = "sound.inline"
+
+
+class TestSoundTogether(TestSound):
+    executor = "sound.together"
+    grace_s = 2.0
+
+
+class TestSoundService(TestSound):
+    executor = "sound.serves"
+
+
+class TestSoundWithVariants(TestSound):
+    executor = "sound"
+    variants: ClassVar[Any] = [{"data": {"type": "list", "items": ["other", "words"]}}]
+
+
+def test_every_check_has_its_row_on_the_page() -> None:
+    checks = [value for name, value in vars(ExecutorSuite).items() if name.startswith("test_")]
+    clauses = [mark.args[0] for check in checks for mark in check.pytestmark]
+    page = (DOCS / "conformance.md").read_text(encoding="utf-8")
+    assert clauses == re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    assert all(check.__doc__ for check in checks)

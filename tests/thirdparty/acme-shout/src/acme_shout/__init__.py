@@ -1,0 +1,1 @@
+"""Shouts texts."""
