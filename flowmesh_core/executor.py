@@ -252,7 +252,8 @@ RunResult = Outcome | Mapping[str, Any]
 class ChildTask:
     """A task that an executor started with ``ctx.run_task``.
 
-    A coroutine awaits it; a plain ``run`` calls ``result``.
+    A coroutine awaits it, and ends it when it is cancelled meanwhile; a plain ``run`` calls
+    ``result``.
     """
 
     def __init__(self, future: Future[Outcome]) -> None:
@@ -267,6 +268,10 @@ class ChildTask:
         if not wait([self._future], timeout_s).done:
             raise TimeoutError(f"the child task has not ended within {timeout_s} s")
         return self._future.result()
+
+    def cancel(self) -> None:
+        """End the task, whose outcome nobody waits for any more; harmless when it has ended."""
+        self._future.cancel()
 
     def __await__(self) -> Generator[Any, None, Outcome]:
         import asyncio  # noqa: PLC0415 - plugins that only declare do not pay for it

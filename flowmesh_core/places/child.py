@@ -373,7 +373,13 @@ class _Child:
         number = next(run.numbers)
         future = run.children[number] = Future()
         self._say(run.channel, "run_task", number=number, spec=spec)
+        future.add_done_callback(lambda done: self._give_up_child(run, number, done))
         return future
+
+    def _give_up_child(self, run: _Run, number: int, done: Future[Outcome]) -> None:
+        if done.cancelled():
+            with contextlib.suppress(OSError):  # the worker is gone, and the child with it
+                self._say(run.channel, "give_up", number=number)
 
     def _as_error(self, run: _Run, exc: BaseException) -> FlowmeshError:
         if not isinstance(exc, FlowmeshError):

@@ -58,6 +58,7 @@ class _Conversation:
     job: Job
     group: tuple[int, ...]
     answer: asyncio.Future[tuple[Outcome, bool]]
+    children: dict[int, Future[Outcome]] = attrs.field(factory=dict)
     taken: bool = False
     stopped: bool = False
 
@@ -304,6 +305,8 @@ class EngineProcess:
             ctx.on_ready(Outcome.from_dict(message["outcome"]), message["ttl_s"])
         elif what == "run_task":
             self._start_child(channel, conversation, message)
+        elif what == "give_up" and message["number"] in conversation.children:
+            conversation.children[message["number"]].cancel()
         elif what == "outcome":
             outcome = Outcome.from_dict(message["outcome"])
             conversation.answer.set_result((outcome, message["usable"]))
@@ -322,13 +325,12 @@ class EngineProcess:
         self, channel: int, conversation: _Conversation, message: Mapping[str, Any]
     ) -> None:
         future = conversation.job.ctx.start_child(message["spec"])
+        number = message["number"]
+        conversation.children[number] = future
 
         def answer(done: Future[Outcome]) -> None:
-            reply = {
-                "do": "child",
-                "number": message["number"],
-                "outcome": _settled(done).to_dict(),
-            }
+            conversation.children.pop(number, None)
+            reply = {"do": "child", "number": number, "outcome": _settled(done).to_dict()}
             self._loop.call_soon_threadsafe(self._send, channel, reply)
 
         future.add_done_callback(answer)

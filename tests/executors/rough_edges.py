@@ -234,6 +234,16 @@ class Together(Executor):
             except asyncio.TimeoutError:
                 await asyncio.sleep(2)
             return {"pid": os.getpid()}
+        if do == "gives_up":
+            marker = Path(ctx.spec["child"]["marker"])
+            child = asyncio.ensure_future(_child(ctx))
+            while not marker.exists():
+                await asyncio.sleep(0.02)
+            child.cancel()
+            await asyncio.sleep(0.5)
+            size = marker.stat().st_size
+            await asyncio.sleep(0.5)
+            return {"before": size, "after": marker.stat().st_size}
         if do == "polite":
             while not ctx.cancelled:
                 await asyncio.sleep(0.02)

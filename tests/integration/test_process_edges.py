@@ -216,6 +216,13 @@ def test_an_engine_whose_task_gave_up_on_a_child_takes_the_next_task(tmp_path: P
     assert reports["next"].ok, reports["next"].error
 
 
+def test_a_child_task_that_nobody_awaits_any_more_ends_before_its_parent(tmp_path: Path) -> None:
+    child = {"taskType": "edge", "do": "tick", "marker": str(tmp_path / "marker")}
+    outcome = run(tmp_path, "gives_up", executor="edge.together", child=child, timeoutSec=20)
+    assert outcome.ok, outcome.error
+    assert outcome.result["after"] == outcome.result["before"] > 0
+
+
 # Load and start.
 
 
