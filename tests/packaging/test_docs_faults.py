@@ -13,7 +13,7 @@ from pages import DOCS, ROOT, table, text_of
 # Parts that are planned; a row may wait for one of them and for nothing else.
 PLANNED = (
     *("durable queue", "server", "archives", "clean-up", "metrics"),
-    *("training", "agent", "vllm", "transformers", "shell", "ws", "grpc"),
+    *("shell", "ws", "grpc"),
 )
 NOTHING = "\N{EN DASH}"
 FAULTS = [row for row in table(text_of(DOCS / "faults.md")) if row[0] != "#"]
