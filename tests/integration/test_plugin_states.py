@@ -81,6 +81,7 @@ def worker(
             "FLOWMESH_ENVS": str(tmp_path / "envs"),
             "FLOWMESH_ONLY_PLUGINS": names,
             "FLOWMESH_PLUGIN_TIMEOUT_S": "1",
+            "FLOWMESH_STRICT_PLUGINS": "0",
             "FLOWMESH_TRACE_HOOKS": "1",
             "LOG_LEVEL": "WARNING",
         },
