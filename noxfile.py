@@ -102,7 +102,7 @@ def kit(session: nox.Session) -> None:
     """The conformance kit: it finds nothing in ours and every fault of those broken on purpose."""
     install(session)
     session.install("pytest-xdist>=3.6")
-    pytest(session, "tests/conformance")
+    pytest(session, "tests/conformance", "-m", "not slow")
 
 
 @nox.session(python=HERE)
@@ -204,7 +204,8 @@ def slow(session: nox.Session) -> None:
     """What takes longer than a change may wait."""
     install(session, *NAMES)
     session.install("uv")  # what the files of a new plugin say is done as they say it
-    pytest(session, "tests/unit", "tests/integration", "tests/together", "-m", "slow")
+    folders = ("unit", "integration", "together", "conformance")
+    pytest(session, *(f"tests/{folder}" for folder in folders), "-m", "slow")
 
 
 @nox.session(venv_backend="none")

@@ -35,6 +35,7 @@ __all__ = ["Bench", "Ran", "parse_spec"]
 ResultT = TypeVar("ResultT")
 _SLOTS = 2
 _LOOK_S = 0.01
+_BEGIN_S = 5.0
 # What the worker's own clean-up may take after a task was given up.
 _END_S = 60.0
 _JOIN_S = 5.0
@@ -168,7 +169,7 @@ class Bench:
         return self._wait(self._run_together(tasks))
 
     def overlap(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Ran]:
-        """Begin all, and cancel what still runs as soon as all have begun, or one has ended."""
+        """Begin all, and cancel what still runs as soon as all should have begun."""
         return self._wait(self._overlap([parse_spec(specs[name], name) for name in specs]))
 
     def close(self) -> list[int]:
@@ -255,9 +256,12 @@ class Bench:
 
     async def _overlap(self, tasks: Sequence[Task]) -> dict[str, Ran]:
         running = {task.task_id: asyncio.ensure_future(self._run(task)) for task in tasks}
-        while not all(map(self._begun, running)) and not any(
-            work.done() for work in running.values()
-        ):
+        looks = int(_BEGIN_S / _LOOK_S)  # that the rest have to begin, once one has
+        while not any(work.done() for work in running.values()):
+            begun = sum(map(self._begun, running))
+            if begun == len(running) or not looks:
+                break
+            looks -= begun > 0
             await asyncio.sleep(_LOOK_S)
         for task_id in running:
             self._open().cancel(task_id, "the kit has seen enough")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from endpoint import ScriptedEndpoint
@@ -15,10 +16,12 @@ from flowmesh_agent.llm import Models, OpenedModel
 from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import AgentModel, Limits
 from pydantic_ai import FunctionToolset
+from pydantic_ai.messages import ToolReturnPart
+from scripted import ScriptedModel
 
 from flowmesh_core import Outcome, SecretMask
 
-__all__ = ["Notes", "ask", "make_order", "no_task", "run"]
+__all__ = ["Notes", "ask", "make_order", "no_task", "returned", "run"]
 
 
 class Notes:
@@ -44,6 +47,7 @@ def make_order(
         "instructions": "Be brief.",
         "opened": model if isinstance(model, OpenedModel) else OpenedModel(model=model, name="m"),
         "toolsets": [FunctionToolset([*tools])] if tools else [],
+        "folder": Path("/nowhere"),
         "schema": None,
         "output_mode": "auto",
         "budget": Budget(Limits(**(limits or {}))),
@@ -57,6 +61,16 @@ def make_order(
 def run(model: Any, *tools: Any, **fields: Any) -> AgentAnswer:
     """Run an agent to its end."""
     return asyncio.run(run_agent(make_order(model, *tools, **fields)))
+
+
+def returned(model: ScriptedModel) -> Sequence[tuple[str, Any]]:
+    """Return how each call of the run ended and what the model saw of it."""
+    parts = [part for message in model.requests[-1][0] for part in message.parts]
+    return [
+        (part.outcome, part.content if part.outcome == "failed" else part.content["result"])
+        for part in parts
+        if isinstance(part, ToolReturnPart)
+    ]
 
 
 async def no_task(spec: Mapping[str, Any]) -> Outcome:

@@ -100,7 +100,7 @@ def test_cost_is_kept_where_it_is_known() -> None:
 
 
 def test_a_cost_that_cannot_be_known_ends_the_item_that_limits_it() -> None:
-    with pytest.raises(BudgetError, match=r"price of a request is unknown; give agent\.model"):
+    with pytest.raises(BudgetError, match=r"is unknown; set FLOWMESH_AGENT_PRICES for"):
         budget(cost_usd=0.5).after_request(usage(cost=None))
     free = budget()
     free.after_request(usage(cost=None))

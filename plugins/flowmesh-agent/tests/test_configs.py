@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from flowmesh_agent.configs import MAX_BYTES, SHIPPED, list_agents, read_agent
 from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import AgentBlock
 from flowmesh_agent.tools import open_tools
+from pydantic import SecretStr
 
 from flowmesh_core import ConfigError, InputError
 
@@ -22,7 +25,7 @@ def test_a_shipped_agent_says_what_it_is_and_its_tools_exist(name: str) -> None:
     agent = read_agent(name, [])
     assert agent.description
     assert agent.instructions.strip()
-    opened = open_tools(agent.tools, AgentSettings(tools="*"))
+    opened = open_tools(agent.tools, AgentSettings(tools="*", serper_api_key="key"))
     assert len(opened) >= len(agent.tools)
     assert AgentBlock().over(agent) == agent
 
@@ -78,6 +81,45 @@ def test_a_file_that_is_no_agent_is_told_with_its_path(
         read_agent("mine", [tmp_path])
     assert str(path) in str(caught.value)
     assert "sk-never-shown" not in str(caught.value)
+
+
+def test_keys_of_a_file_may_stand_in_variables_of_the_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWMESH_AGENT_LARGE_KEY", "sk-large-123456")
+    reference = "${env.FLOWMESH_AGENT_LARGE_KEY}"
+    model = {"base_url": "http://h", "api_key": reference, "headers": {"x": f"Bearer {reference}"}}
+    worker = {"description": "reads", "model": model}
+    agent = {"instructions": reference, "model": model, "workers": {"a": worker}}
+    agent["mcp"] = {"docs": {"url": "http://h", "headers": {"x": reference}}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(agent))
+    found = read_agent("mine", [tmp_path])
+    for told in (found.model, found.workers["a"].model):
+        assert told is not None
+        assert told.api_key == SecretStr("sk-large-123456")
+        assert told.headers == {"x": SecretStr("Bearer sk-large-123456")}
+    assert found.mcp["docs"].headers == {"x": SecretStr("sk-large-123456")}
+    assert found.instructions == reference  # for the model to read
+
+
+@pytest.mark.parametrize("name", ["OTHER_KEY", "FLOWMESH_AGENT_UNSET", "FLOWMESH_REDIS_URL"])
+def test_a_file_reaches_no_other_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for known in ("OTHER_KEY", "FLOWMESH_REDIS_URL"):
+        monkeypatch.setenv(known, "s3cret")
+    model = {"base_url": "http://h", "headers": {"x": f"Bearer ${{env.{name}}}"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(ConfigError, match=rf"model.headers.x .*env.{name}}} must name a variable"):
+        read_agent("mine", [tmp_path])
+
+
+def test_a_document_reaches_no_variable_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWMESH_AGENT_LARGE_KEY", "sk-large-123456")
+    headers = {"x": "${env.FLOWMESH_AGENT_LARGE_KEY}"}
+    block = AgentBlock.model_validate({"model": {"base_url": "http://h", "headers": headers}})
+    assert block.model is not None
+    assert block.model.headers == {"x": SecretStr(headers["x"])}
 
 
 def test_a_file_that_is_no_text_is_told_with_its_path(tmp_path: Path) -> None:

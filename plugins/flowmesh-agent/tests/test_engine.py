@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("pydantic_ai", reason="needs the engine")
 
 from endpoint import Hang, Refusal, Reply, ScriptedEndpoint, Slow, call
-from flowmesh_agent.budget import BudgetError
+from flowmesh_agent.budget import Budget, BudgetError
 from flowmesh_agent.engine import explain, run_agent
 from flowmesh_agent.llm import OpenedModel
-from flowmesh_agent.spec import Prices
+from flowmesh_agent.spec import Limits, Prices
 from flowmesh_agent.tools import ToolError
 from orders import Notes, ask, make_order, run
 from pydantic_ai import ModelRetry
@@ -111,7 +113,7 @@ def test_the_object_of_an_answer_is_masked_too() -> None:
     assert answer.output == '{"city": "${env.KEY}"}'
 
 
-def test_a_long_result_is_cut_and_says_so() -> None:
+def test_a_long_result_is_cut_and_says_so(tmp_path: Path) -> None:
     async def read() -> list[str]:
         """Read."""
         return ["x" * 5_000_000]
@@ -121,11 +123,12 @@ def test_a_long_result_is_cut_and_says_so() -> None:
         raise ToolError("y" * 5_000)
 
     model = scripted([call("read"), call("fail")], "done")
-    run(model, read, fail, limits={"result_chars": 300})
+    run(model, read, fail, limits={"result_chars": 300}, folder=tmp_path)
     result, problem = told(model)
-    assert len(result["result"]) < 400
+    assert len(result["result"]) == len(problem) == 300
     assert "5000004 characters in all" in result["result"]
-    assert len(problem) < 400
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_text().startswith('["xxxx')
 
 
 @pytest.mark.parametrize(
@@ -230,6 +233,7 @@ def test_every_mode_of_output_gives_the_object(mode: str) -> None:
             r"refers to http://127\.0\.0\.1:9/x\.json, not among its",
         ),
         ({"type": "object", "allOf": [{"$ref": "#"}, {"$ref": "#/$defs/A"}]}, "to #, #/.defs/A"),
+        ({"type": "object", "properties": {"a": {"pattern": "("}}}, "'.' is not a 'regex'"),
         ({"type": "object", "$dynamicRef": "#b"}, "refers to #b"),
         (
             {
@@ -237,7 +241,7 @@ def test_every_mode_of_output_gives_the_object(mode: str) -> None:
                 "properties": {"a": {"$ref": "#/$defs/A"}},
                 "$defs": {"A": {"$id": "http://models.example/a", "$ref": "#/$defs/A"}},
             },
-            "cannot be run: .*recursive",
+            "output_schema: .*recursive",
         ),
         (
             {
@@ -262,6 +266,49 @@ def test_definitions_of_a_schema_are_followed() -> None:
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": inner}}
     answer = run(scripted('{"a": "x"}', '{"a": "b"}'), schema=schema)
     assert (answer.data, answer.usage.requests) == ({"a": "b"}, 2)
+
+
+def test_a_pattern_of_a_schema_is_kept() -> None:
+    code = {"type": "string", "pattern": "^[A-Z]{3}$"}
+    schema = {"type": "object", "properties": {"a": code}, "patternProperties": {"^x": code}}
+    answer = run(scripted('{"a": "abc"}', '{"a": "ABC", "x": "x"}', '{"a": "ABC"}'), schema=schema)
+    assert (answer.data, answer.usage.requests) == ({"a": "ABC"}, 3)
+
+
+def test_what_goes_wrong_beside_a_pattern_is_told() -> None:
+    lost = {"$id": "http://models.example/a", "$ref": "#/$defs/A"}
+    schema = {"type": "object", "properties": {"a": lost}, "$defs": {"A": {"pattern": "^a"}}}
+    answer = run(scripted('{"a": "b"}'), schema=schema)
+    assert isinstance(answer.error, ContractError)
+    assert "output_schema cannot be checked: " in str(answer.error)
+    assert "/$defs/A leads nowhere" in str(answer.error)
+
+
+SLOW = {"type": "object", "patternProperties": {"^(a+)+$": {"type": "null"}}}
+BAIT = '{"' + "a" * 60 + '!": 1}'
+
+
+def test_time_ends_a_pattern_that_never_comes_to_an_end() -> None:
+    started = time.monotonic()
+    answer = run(scripted(BAIT), schema=SLOW, seconds=1.0)
+    assert isinstance(answer.error, DeadlineError)
+    assert time.monotonic() - started < 4
+
+
+def test_a_pattern_that_takes_too_long_holds_nobody_up_and_is_ended_with_its_run() -> None:
+    async def main() -> list[int]:
+        task = asyncio.create_task(run_agent(make_order(scripted(BAIT), schema=SLOW)))
+        while not (found := psutil.Process().children()):
+            await asyncio.sleep(0.02)
+        started = time.monotonic()
+        await asyncio.sleep(0.5)
+        assert time.monotonic() - started < 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError, match=r"^$"):
+            await task
+        return [child.pid for child in found]
+
+    assert not any(map(psutil.pid_exists, asyncio.run(main())))
 
 
 def test_time_ends_a_run_in_the_middle_of_a_tool() -> None:
@@ -301,15 +348,33 @@ def test_a_cancelled_run_ends_at_once_and_tells_nobody_else() -> None:
 
 
 def test_what_failed_in_passing_is_sent_again_after_the_pause_that_was_asked_for() -> None:
-    notes = Notes()
+    notes, budget = Notes(), Budget(Limits())
     busy = Refusal(429, "busy", {"Retry-After": "1"})
     with ScriptedEndpoint(busy, Refusal(503, headers={"Retry-After": "0"}), "here") as endpoint:
-        answer = ask(endpoint, trace=notes)
+        answer = ask(endpoint, trace=notes, budget=budget)
     assert answer.output == "here"
     at_s = [request.at_s for request in endpoint.requests]
     assert 1 <= at_s[1] - at_s[0] < 3
     assert [line["retry_in_s"] for line in notes.of("error")] == [1, 0]
-    assert answer.usage.requests == 1
+    assert (answer.usage.requests, answer.usage.unmeasured, answer.usage.tokens) == (3, 2, 15)
+    assert budget.usage == answer.usage
+
+
+def test_what_is_sent_again_takes_a_step_each_time() -> None:
+    limits, model = {"steps": 3}, {"retries": 10}
+    with ScriptedEndpoint(always=Refusal(503, headers={"Retry-After": "0"})) as endpoint:
+        answer = ask(endpoint, model=model, limits=limits)
+    assert len(endpoint.requests) == answer.usage.requests == 3
+    assert str(answer.error) == "budget steps of 3 is spent"
+
+
+def test_a_model_s_last_error_is_written_once() -> None:
+    notes = Notes()
+    with ScriptedEndpoint(always=Refusal(503, "no", {"Retry-After": "0"})) as endpoint:
+        answer = ask(endpoint, trace=notes, model={"retries": 1})
+    again, last = notes.of("error")
+    assert again["retry_in_s"] == 0
+    assert last["message"] == str(answer.error)
 
 
 @pytest.mark.parametrize(
@@ -365,9 +430,29 @@ def test_an_answer_that_is_none_is_an_error_of_the_run(body: bytes) -> None:
 
 
 def test_an_endpoint_that_counts_no_tokens_is_told_as_unmeasured() -> None:
-    with ScriptedEndpoint(Reply(text="hello", tokens=None)) as endpoint:
-        answer = ask(endpoint)
-    assert (answer.output, answer.usage.unmeasured, answer.usage.tokens) == ("hello", 1, 0)
+    with ScriptedEndpoint(Reply(text="hello " * 50, tokens=None)) as endpoint:
+        answer = ask(endpoint, prompt="go " * 100)
+    assert (answer.usage.requests, answer.usage.unmeasured) == (1, 1)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (104, 101)
+
+
+def test_an_endpoint_that_counts_no_tokens_has_a_budget_of_them_all_the_same() -> None:
+    step = Reply(calls=[call("add", a=1, b=1)], tokens=None)
+    with ScriptedEndpoint(always=step) as endpoint:
+        answer = ask(endpoint, add, limits={"tokens": 1})
+    assert len(endpoint.requests) == 1
+    assert str(answer.error) == "budget tokens of 1 is spent, asked for tool add"
+
+
+@pytest.mark.parametrize(("reason", "cut"), [("length", True), ("stop", False)])
+def test_an_answer_that_was_cut_says_so(reason: str, *, cut: bool) -> None:
+    notes = Notes()
+    with ScriptedEndpoint(Reply(text="once upon", finish_reason=reason)) as endpoint:
+        answer = ask(endpoint, trace=notes)
+    assert (answer.ok, answer.truncated) == (True, cut)
+    assert ["max_tokens are spent" in line["message"] for line in notes.of("warning")] == [
+        True
+    ] * cut
 
 
 def test_native_calls_of_tools_go_over_the_wire() -> None:

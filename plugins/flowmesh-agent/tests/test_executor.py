@@ -149,12 +149,29 @@ def test_a_batch_without_rows_is_an_empty_result(tmp_path: Path) -> None:
     assert run.result["metadata"]["batch_summary"]["total_tasks"] == 0
 
 
-def test_a_row_that_cannot_be_read_fails_the_task(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_read_fails_the_task_before_anything_is_paid_for(
+    tmp_path: Path,
+) -> None:
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"prompt": "a"}\nno json\n')
-    run = run_agents(repeat, {"data": {"type": "jsonl", "path": str(lines)}}, tmp_path / "out")
+    begun: list[str] = []
+
+    async def note(asked: Asked) -> str:
+        begun.append(asked.prompt)
+        return ""
+
+    run = run_agents(note, {"data": {"type": "jsonl", "path": str(lines)}}, tmp_path / "out")
     assert isinstance(run.error, InputError)
     assert "line 2" in str(run.error)
+    assert begun == []
+
+
+def test_a_blank_row_is_no_task(tmp_path: Path) -> None:
+    run = run_agents(repeat, rows("a", " \n"), tmp_path)
+    done, blank = run.result["items"]
+    assert done["finish_reason"] == "completed"
+    assert blank["error"]["message"] == "row 1 is blank, so that there is no task"
+    assert blank["usage"]["llm_requests"] == 0
 
 
 def test_each_item_has_a_folder_a_budget_and_a_time_of_its_own(tmp_path: Path) -> None:

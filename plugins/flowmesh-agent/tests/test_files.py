@@ -204,6 +204,22 @@ def test_what_cannot_be_written_says_why(make_tool_context: ToolContexts) -> Non
     assert [path.name for path in ctx.folder.iterdir()] == ["folder"]
 
 
+def test_the_whole_folder_holds_eight_of_the_longest_files(
+    make_tool_context: ToolContexts,
+) -> None:
+    ctx = make_tool_context(settings=AgentSettings(files_max_bytes=10))
+    for number in range(7):
+        call(ctx, "write_file", path=f".hidden/{number}", content="x" * 10)
+    call(ctx, "write_file", path="a", content="x" * 5)
+    with pytest.raises(ToolError, match="b: the working folder holds no more than 80 bytes"):
+        call(ctx, "write_file", path="b", content="x" * 6)
+    with pytest.raises(ToolError, match="a: the working folder holds no more than 80 bytes"):
+        call(ctx, "edit_file", path="a", old="x", new="yy", all=True)
+    assert (ctx.folder / "a").read_text() == "xxxxx"
+    assert not (ctx.folder / "b").exists()
+    call(ctx, "write_file", path="b", content="x" * 5)
+
+
 def test_a_folder_that_is_not_there_is_named(ctx: ToolContext) -> None:
     with pytest.raises(ToolError, match="none: does not exist"):
         call(ctx, "list_files", path="none")

@@ -150,6 +150,26 @@ def test_a_plan_ends_at_once_when_nothing_is_left_to_spend(error: Exception) -> 
     assert not [line for line in script.notes.lines if line["kind"] == "answer"]
 
 
+@pytest.mark.parametrize("said", ["", "so far"])
+def test_the_results_of_the_steps_stay_when_the_answer_fails(said: str) -> None:
+    end = AgentAnswer(output=said, error=ExecutionError("refused"))
+    script = Script(plan(("reader", "read")), "red", end)
+    answer = script.solve(block("plan_execute"))
+    assert str(answer.error) == "refused"
+    step = '{"worker": "reader", "task": "read", "result": "red"}'
+    assert answer.output == (said or step)
+
+
+@pytest.mark.parametrize("error", [BudgetError("spent"), ExecutionError("refused")])
+def test_the_results_of_the_steps_stay_when_the_rest_fails(error: ExecutionError) -> None:
+    end = AgentAnswer(error=error)
+    ends = [end] if isinstance(error, BudgetError) else [end, end]
+    script = Script(plan(("reader", "a"), ("writer", "b")), "red", *ends)
+    answer = script.solve(block("plan_execute"))
+    assert answer.error is error
+    assert lines(answer.output)[0]["result"] == "red"
+
+
 def test_a_plan_that_cannot_be_made_is_the_end() -> None:
     script = Script(failed(ExecutionError("refused")))
     assert str(script.solve(block("plan_execute")).error) == "refused"

@@ -107,6 +107,25 @@ def test_a_document_s_endpoint_never_gets_the_operator_s_key() -> None:
     assert "authorization" not in other
 
 
+def test_the_price_of_an_endpoint_is_said_by_whom_it_belongs_to() -> None:
+    prices = {"input_per_million": 1e6, "output_per_million": 0}
+    with ScriptedEndpoint(always="hello") as endpoint:
+        known = settings(endpoint, prices="100000, 1e6")
+        own: dict[str, Any] = {"base_url": endpoint.url, "name": "own"}
+        assert ask(endpoint, settings=known).usage.cost_usd == pytest.approx(10 * 0.1 + 5)
+        assert ask(endpoint, settings=known, model=own).usage.cost_usd is None
+        own["prices"] = prices
+        assert ask(endpoint, settings=known, model=own).usage.cost_usd == pytest.approx(10)
+        with pytest.raises(ContractError, match=r"prices need base_url.*FLOWMESH_AGENT_PRICES"):
+            ask(endpoint, settings=known, model={"prices": prices})
+
+
+@pytest.mark.parametrize("prices", ["1", "1,2,3", "a,b", "-1,2"])
+def test_prices_of_the_operator_are_two_numbers(prices: str) -> None:
+    with pytest.raises(ValueError, match=r"two numbers|valid number|greater than or equal to 0"):
+        AgentSettings.model_validate({"prices": prices})
+
+
 def test_a_header_may_stand_for_the_key() -> None:
     with ScriptedEndpoint("hello") as endpoint:
         headers = {"Authorization": "Basic abc"}

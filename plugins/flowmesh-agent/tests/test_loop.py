@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def make_runner(models: Models, lead: Mapping[str, Any] | None = None, **fields:
         "lead": block,
         "models": models,
         "toolsets": no_tools,
+        "folder": Path("/nowhere"),
         "budget": Budget(block.limits),
         "trace": Notes(),
         "mask": SecretMask({}),

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,18 @@ pytest.importorskip("pydantic_ai", reason="needs the engine")
 
 import flowmesh_agent.sandbox as sandboxes
 from endpoint import call
+from flowmesh_agent.engine import run_agent
+from flowmesh_agent.masks import task_mask
 from flowmesh_agent.sandbox import Sandbox
 from flowmesh_agent.settings import AgentSettings
-from flowmesh_agent.spec import Limits, McpUse, Role
+from flowmesh_agent.spec import McpUse, Role
 from flowmesh_agent.tools import ToolContext
 from flowmesh_agent.toolset import build_toolsets
-from pydantic_ai import Agent
-from pydantic_ai.messages import ToolReturnPart
+from orders import make_order, returned
 from scripted import ScriptedModel, scripted
 from website import Site
 
-from flowmesh_core import ExecutionError, InputError, SecretMask
+from flowmesh_core import ExecutionError, InputError
 from flowmesh_core.testing import wait_for
 
 HERE = Path(__file__).parent
@@ -60,7 +61,9 @@ class Stage:
         known = {} if "url" in fields else {**known, "env": {"DEMO_MARK": self.mark}}
         self.file.write_text(yaml.safe_dump({"demo": {**known, **fields}}))
 
-    def toolsets(self, use: Any = None, seconds: float = 20.0) -> list[Any]:
+    async def start(
+        self, *calls: Any, use: Any = None, seconds: float = 20.0
+    ) -> Sequence[tuple[str, Any]]:
         settings = AgentSettings(
             mcp=self.file if self.file.exists() else None, http_allow=self.allow
         )
@@ -71,18 +74,22 @@ class Stage:
             log=self.log.append,
         )
         role = Role(mcp={"demo": use or McpUse()})
-        limits = Limits(result_chars=1000)
-        return build_toolsets(role, [], ctx=ctx, limits=limits, mask=SecretMask({}))
+        mask = task_mask([role], settings, os.environ)
+        toolsets = build_toolsets(role, [], ctx=ctx, mask=mask)
+        self.model = scripted(*filter(None, [list(calls)]), "end")
+        order = make_order(
+            self.model,
+            toolsets=toolsets,
+            folder=ctx.folder,
+            limits={"result_chars": 1000},
+            mask=mask,
+        )
+        answer = await run_agent(order)
+        if answer.error is not None:
+            raise answer.error
+        return returned(self.model)
 
-    async def start(self, *calls: Any, use: Any = None, seconds: float = 20.0) -> list[Any]:
-        toolsets = self.toolsets(use, seconds)
-        self.model = scripted(list(calls), "end")
-        result = await Agent(self.model, toolsets=toolsets).run("go")
-        parts = [part for message in result.all_messages() for part in message.parts]
-        found = [part for part in parts if isinstance(part, ToolReturnPart)]
-        return [(part.outcome, part.content) for part in found]
-
-    def run(self, *calls: Any, **options: Any) -> list[Any]:
+    def run(self, *calls: Any, **options: Any) -> Sequence[tuple[str, Any]]:
         return asyncio.run(self.start(*calls, **options))
 
     @property

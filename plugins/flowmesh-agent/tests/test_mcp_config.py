@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from flowmesh_agent.hosts import HostRules
+from flowmesh_agent.masks import build_mask
 from flowmesh_agent.mcp_config import (
     MAX_FILE_BYTES,
     McpServer,
@@ -121,9 +122,9 @@ def test_a_document_cannot_add_a_tool() -> None:
 
 
 def test_variables_and_words_of_headers_are_secret(tmp_path: Path) -> None:
-    server = read(FILE, tmp_path)["tickets"]
-    mask = server_secrets(server, {**ENVIRON, "FLOWMESH_AGENT_MCP_PORT": "80"})
+    servers = read(FILE, tmp_path)
+    mask = build_mask(server_secrets(servers, {**ENVIRON, "FLOWMESH_AGENT_MCP_PORT": "80"}))
     said = "80 sk-0123456789 got secret-0123 Bearer"
     assert mask.text(said) == "80 sk-0123456789 got ${env.FLOWMESH_AGENT_MCP_TOKEN} Bearer"
     other = McpServer(url="http://x", headers={"X-Key": "Basic abcdefgh"})
-    assert "abcdefgh" not in server_secrets(other, {}).text("key abcdefgh")
+    assert "abcdefgh" not in build_mask(server_secrets({"x": other}, {})).text("key abcdefgh")

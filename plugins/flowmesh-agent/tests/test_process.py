@@ -222,6 +222,45 @@ def test_a_worker_spends_the_budget_of_all(operator: Operator) -> None:
     assert not run.error.retriable
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FLOWMESH_AGENT_STEPS_MAX": "2"}, "budget steps of 2 is spent"),
+        ({"FLOWMESH_AGENT_TOKENS_MAX": "30"}, "budget tokens of 30 is spent, asked for tool"),
+        (
+            {"FLOWMESH_AGENT_COST_MAX": "0.02", "FLOWMESH_AGENT_PRICES": "500,1000"},
+            r"budget cost_usd of 0\.02 is spent, asked for tool",
+        ),
+        ({"FLOWMESH_AGENT_COST_MAX": "9"}, "the price of a request is unknown"),
+    ],
+)
+def test_the_operators_ceilings_end_a_task(
+    operator: Operator, variables: dict[str, str], message: str
+) -> None:
+    operator.allow(**variables)
+    limits = {"steps": 100, "tokens": 100_000}
+    with ScriptedEndpoint(always=call("list_files")) as endpoint:
+        run = operator.run(endpoint, {"task": "x", "agent": {"limits": limits}})
+    with pytest.raises(ExecutionError, match=message):
+        raise run.error or AssertionError(run.result)
+    assert len(endpoint.requests) == (1 if "unknown" in message else 2)
+
+
+def test_what_a_server_was_given_is_masked_wherever_it_comes_up(
+    operator: Operator, tmp_path: Path
+) -> None:
+    token = "mcp-token-0123456789"
+    demo = {"command": sys.executable, "args": [str(DEMO)], "files": "open"}
+    (tmp_path / "mcp.yaml").write_text(yaml.safe_dump({"demo": demo}))
+    operator.allow(FLOWMESH_AGENT_MCP=str(tmp_path / "mcp.yaml"), FLOWMESH_AGENT_MCP_TOKEN=token)
+    write = Reply(text=f"I write {token}", calls=[call("write_file", path="t", content="x")])
+    with ScriptedEndpoint(write, f"it is {token}") as endpoint:
+        agent = {"tools": ["files"], "mcp": {"demo": {}}}
+        run = operator.run(endpoint, {"task": "Say it.", "agent": agent})
+    assert run.result["items"][0]["output"] == "it is ${env.FLOWMESH_AGENT_MCP_TOKEN}"
+    assert token not in json.dumps(run.result) + written_in(run.folder)
+
+
 def test_a_batch_keeps_the_order_and_an_item_that_fails_spoils_no_other(
     operator: Operator,
 ) -> None:
@@ -300,6 +339,15 @@ def test_the_time_of_the_task_holds_when_it_is_the_shorter(operator: Operator) -
         ({"mcp": {"shop": {}}}, InputError, "no MCP server 'shop'"),
         ({"mcp": {"shop": {"url": "https://shop.example.org"}}}, InputError, "not among"),
         ({"model": {"base_url": "http://127.0.0.1:1/v1"}}, ContractError, "name is required"),
+        (
+            {
+                "form": "plan_execute",
+                "workers": {"w": {"description": "works"}},
+                "output_schema": {"type": "object", "properties": {"a": {"type": "text"}}},
+            },
+            ContractError,
+            "output_schema: .*'text'",
+        ),
         ({"limits": {"step": 3}}, ContractError, "did you mean 'steps'"),
     ],
 )
@@ -416,3 +464,33 @@ def interrupt(folder: Path, environ: Mapping[str, str], when: Callable[[], Any])
 
 def test_a_budget_error_is_an_execution_error_for_the_worker() -> None:
     assert BudgetError("spent").to_dict()["kind"] == "ExecutionError"
+
+
+def test_a_key_that_a_named_agents_file_refers_to_goes_to_its_endpoint_alone(
+    operator: Operator, tmp_path: Path
+) -> None:
+    key = "sk-large-0123456789"
+    with (
+        ScriptedEndpoint(call("list_files"), f"the key is {key}") as own,
+        ScriptedEndpoint() as other,
+    ):
+        model = {"base_url": own.url, "name": "m", "api_key": "${env.FLOWMESH_AGENT_LARGE_KEY}"}
+        (tmp_path / "large.yaml").write_text(json.dumps({"model": model, "tools": ["files"]}))
+        operator.allow(FLOWMESH_AGENT_CONFIGS=str(tmp_path), FLOWMESH_AGENT_LARGE_KEY=key)
+        run = operator.run(other, {"task": "Tell.", "configName": "large"})
+    assert run.error is None
+    assert {each.headers["authorization"] for each in own.requests} == {f"Bearer {key}"}
+    assert other.requests == []
+    assert run.result["items"][0]["output"].startswith("the key is ${")
+    assert key not in written_in(run.folder)
+
+
+def test_tools_that_cannot_work_here_are_refused_before_a_model_is_asked(
+    operator: Operator,
+) -> None:
+    operator.allow(FLOWMESH_AGENT_TOOLS="*")
+    with ScriptedEndpoint() as endpoint:
+        run = operator.run(endpoint, {"task": "Look it up.", "configName": "search"})
+    assert isinstance(run.error, InputError)
+    assert "'web_search' cannot work on this worker" in str(run.error)
+    assert endpoint.requests == []

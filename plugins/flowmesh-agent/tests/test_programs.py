@@ -105,8 +105,11 @@ def test_a_document_can_ask_for_a_network_and_the_operator_decides(
 @pytest.mark.parametrize("name", ["python", "shell"])
 def test_the_entry_point_gives_it_to_who_may_have_it(name: str) -> None:
     use = ToolUse.model_validate({"name": name, "network": True})
-    (tool,) = open_tools([use], AgentSettings(tools=(name,)))
+    (tool,) = open_tools([use], AgentSettings(tools=(name,), sandbox_network=True))
     assert (tool.name, tool.description[:4]) == (name, "Run ")
+    with pytest.raises(InputError, match=rf"'{name}' cannot work .*: .*_AGENT_SANDBOX_NETWORK"):
+        open_tools([use], AgentSettings(tools=(name,)))
+    assert [tool.name for tool in open_tools([ToolUse(name=name)], AgentSettings(tools="*"))]
     with pytest.raises(InputError, match=rf"not allowed on this worker: {name}; it allows files"):
         open_tools([use], AgentSettings())
     wrong = ToolUse.model_validate({"name": name, "netwrok": True})

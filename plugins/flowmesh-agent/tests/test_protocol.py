@@ -126,11 +126,61 @@ def test_the_schema_takes_calls_of_each_tool_and_an_answer_and_nothing_else() ->
 
 
 def test_definitions_of_two_tools_with_one_name_stay_apart() -> None:
-    schema = step_schema([ADD, JOIN], None)
-    assert schema["$defs"].keys() == {"add.Number", "add.Words", "join.Number"}
-    assert schema["$defs"]["add.Number"]["anyOf"][1] == {"$ref": "#/$defs/add.Words"}
+    other = {"properties": {"a": {"$ref": "#/$defs/Number"}}, "$defs": {"Number": {"const": 1}}}
+    schema = step_schema([ADD, Offer(name="answer", parameters=other)], other)
+    assert schema["$defs"] == {
+        "d0": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/d1"}]},
+        "d1": {"type": "string"},
+        "d2": {"const": 1},
+        "d3": {"const": 1},
+    }
+    schema = step_schema([JOIN], None)
     assert schema["anyOf"][-1]["properties"] == {"answer": {"type": "string"}}
-    assert "$defs" not in step_schema([], None)
+    assert "$defs" not in schema
+
+
+TREE = {"type": "object", "properties": {"left": {"$ref": "#"}, "leaf": {"type": "integer"}}}
+PAIR = {
+    "type": "object",
+    "properties": {"a/b %": {"enum": [1, 2]}, "c": {"$ref": "#/properties/a~1b%20%25"}},
+}
+CHOICE = {
+    "type": "object",
+    "anyOf": [{"required": ["a"]}, {"properties": {"b": {"$ref": "#/anyOf/0"}}}],
+}
+NAMED = {
+    "type": "object",
+    "definitions": {"n": {"properties": {"v": {"type": "null"}, "n": {"$ref": "#/definitions/n"}}}},
+    "properties": {"n": {"$ref": "#/definitions/n"}, "$ref": {"type": "string"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        (TREE, {"left": {"left": {"leaf": 1}}}, {"left": {"left": {"leaf": "x"}}}),
+        (PAIR, {"a/b %": 1, "c": 2}, {"c": 3}),
+        (CHOICE, {"b": {"a": 1}}, {"b": {}}),
+        (NAMED, {"n": {"n": {"v": None}}, "$ref": "x"}, {"n": {"n": {"v": 1}}}),
+    ],
+)
+def test_references_of_any_kind_lead_where_they_did(parameters: Any, good: Any, bad: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the engine")
+    given = jsonschema.Draft202012Validator(parameters)
+    assert [given.is_valid(good), given.is_valid(bad)] == [True, False]
+    schema = step_schema([ADD, Offer(name="use", parameters=parameters)], parameters)
+    checker = jsonschema.Draft202012Validator(schema)
+    checker.check_schema(schema)
+    for value, valid in ((good, True), (bad, False)):
+        assert checker.is_valid({"tool": "use", "arguments": value}) == valid
+        assert checker.is_valid({"answer": value}) == valid
+
+
+def test_references_that_lead_nowhere_hold_a_model_to_nothing() -> None:
+    parts = ("#/$defs/gone", "#/properties/a/type/0", "#/required/x")
+    wanted = {"properties": {str(n): {"$ref": part} for n, part in enumerate(parts)}}
+    schema = step_schema([Offer(name="use", parameters={**wanted, "required": ["0"]})], None)
+    assert schema["$defs"] == {"d0": {}, "d1": {}, "d2": {}}
 
 
 def test_a_model_is_told_of_each_tool_and_of_the_answer_that_is_wanted() -> None:

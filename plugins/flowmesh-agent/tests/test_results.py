@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from flowmesh_agent.answer import AgentAnswer, TokenUsage
 from flowmesh_agent.results import (
@@ -53,6 +54,13 @@ def test_a_single_task_has_the_keys_that_earlier_readers_know() -> None:
     assert (item["index"], item["output"], item["finish_reason"]) == (0, "answer 0", "completed")
     assert "error" not in item
     assert "data" not in item
+
+
+def test_an_item_says_that_its_answer_was_cut() -> None:
+    whole, cut = done(0), done(1)
+    cut = attrs.evolve(cut, answer=attrs.evolve(cut.answer, truncated=True))
+    found = result([whole, cut], is_batch=True)["items"]
+    assert [item.get("truncated") for item in found] == [None, True]
 
 
 def test_a_batch_has_the_keys_that_earlier_readers_know() -> None:
@@ -164,3 +172,13 @@ def test_a_batch_fails_when_all_failed_and_is_tried_again_when_that_may_help_all
     if failure is not None:
         assert failure.code == "executor.failed"
         assert str(failure) == "all 2 tasks of the batch failed, the first so: busy"
+
+
+def test_a_batch_of_which_no_row_makes_sense_is_the_documents_fault() -> None:
+    blank, other = InputError("blank"), ExecutionError("x")
+    failure = batch_failure([done(0, error=blank), done(1, error=blank)])
+    assert failure is not None
+    assert (failure.code, failure.retriable) == ("input", False)
+    failure = batch_failure([done(0, error=blank), done(1, error=other)])
+    assert failure is not None
+    assert failure.code == "executor.failed"

@@ -121,6 +121,7 @@ def test_the_timeout_is_known_by_each_of_its_names(key: str) -> None:
             {"model": {"base_url": "http://h", "inference": {"model": {}}}},
             r"one of base_url, inference and serve, got \['base_url', 'inference'\]",
         ),
+        ({"model": {"base_url": "http://h", "serve": {}}}, r"got \['base_url', 'serve'\]"),
         ({"model": {"inference": {"a": 1}, "serve": {"a": 1}}}, r"got \['inference', 'serve'\]"),
         ({"model": {"stop": [""]}}, r"spec\.agent\.model\.stop\[0\]"),
         ({"model": {"prices": {"input_per_million": 1}}}, "prices.output_per_million is required"),

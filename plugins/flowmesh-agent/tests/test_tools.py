@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flowmesh_core import ContractError, InputError, PluginError, extensions
 
 MODULE = """
 from pydantic import BaseModel
-from flowmesh_agent.tools import Tool
+from flowmesh_agent.tools import Tool, ToolError
 
 class City(BaseModel):
     city: str
@@ -39,10 +40,22 @@ def sky(options):
     yield Weather(options)
     yield Sun({})
 
+class Tide(Sun):
+    name = "tide"
+
+    def check(self, settings):
+        if not settings.http_allow:
+            raise ToolError("it needs the sea")
+
 def text(options):
     return "no tool"
+
+def broken(options):
+    yield Weather({})
+    raise KeyError(options["key"])
 """
-POINTS = {"weather": "Weather", "sky": "sky", "text": "text", "gone": "gone", "ACME.far": "Sun"}
+POINTS = {name: name for name in ("sky", "text", "gone", "broken")}
+POINTS |= {"weather": "Weather", "ACME.far": "Sun", "tide": "Tide"}
 
 
 def install(
@@ -103,8 +116,29 @@ def test_what_is_missing_broken_or_no_tool_is_named() -> None:
         open_named("wether")
     with pytest.raises(PluginError, match="driver 'gone' cannot be loaded"):
         open_named("gone")
-    with pytest.raises(PluginError, match="'text' must make tools, got str"):
+    with pytest.raises(
+        PluginError, match=r"^flowmesh\.agent\.tools: 'text' must make tools, got str"
+    ):
         open_named("text")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_tool_that_breaks_while_it_is_made_is_named_and_shows_no_traceback() -> None:
+    says = "'broken' cannot be made: KeyError: 's3cret'"  # which the executor masks
+    with pytest.raises(PluginError, match=says) as caught:
+        open_named("broken", key="s3cret")
+    assert "acme_tools" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_tool_that_cannot_work_here_is_refused_or_left_out() -> None:
+    with pytest.raises(InputError, match="'tide' cannot work on this worker: it needs the sea"):
+        open_named("tide")
+    assert open_named("tide", "weather", required=False) == ["weather"]
+    settings = AgentSettings(tools="*", http_allow="example.org")
+    assert [tool.name for tool in open_tools([ToolUse(name="tide")], settings)] == ["tide"]
+    with pytest.raises(InputError, match=r"'web_search' .* not set up .* needs SERPER_API_KEY"):
+        open_named("web_search")
 
 
 @pytest.mark.usefixtures("installed")
@@ -131,7 +165,9 @@ def test_every_entry_is_listed_and_the_broken_one_with_its_reason() -> None:
     ],
 )
 def test_our_own_entries_open(name: str, options: dict[str, object], tools: list[str]) -> None:
-    assert open_named(name, **options) == tools
+    settings = AgentSettings(tools="*", serper_api_key="serper-key")
+    opened = open_tools([ToolUse(name=name, **options)], settings)
+    assert [tool.name for tool in opened] == tools
     with pytest.raises(ContractError, match=rf"spec\.agent\.tools: '{name}': .*unknown key 'odd'"):
         open_named(name, odd=1)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ pytest.importorskip("pydantic_ai", reason="needs the engine")
 
 from endpoint import call
 from flowmesh_agent.settings import AgentSettings
-from flowmesh_agent.spec import Limits, Role, ToolUse
+from flowmesh_agent.spec import Role, ToolUse
 from flowmesh_agent.tools import Tool, ToolContext, ToolError
-from flowmesh_agent.toolset import Guard, Toolset, build_toolsets, keep_text
+from flowmesh_agent.toolset import Toolset, build_toolsets, keep_text
+from orders import returned, run
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent
-from pydantic_ai.messages import BinaryContent, ToolReturnPart
+from pydantic_ai.messages import BinaryContent
 from scripted import ScriptedModel, scripted
 
 from flowmesh_core import InputError, SecretMask
@@ -65,19 +67,17 @@ class Bench:
         self.ctx = ctx
         self.model: ScriptedModel = scripted()
 
-    def run(self, tool: Tool[Any], *calls: Any) -> list[ToolReturnPart]:
+    def run(self, tool: Tool[Any], *calls: Any) -> Sequence[tuple[str, Any]]:
         """Let the model call the tool; returns the results that it was shown."""
-        guard = Guard(
+        self.model = scripted(*calls, "end")
+        run(
+            self.model,
+            toolsets=[Toolset([tool], self.ctx, self.ctx.seconds)],
             folder=self.ctx.folder,
-            seconds=self.ctx.seconds,
-            result_chars=200,
+            limits={"result_chars": 200},
             mask=SecretMask({"KEY": SECRET}),
         )
-        self.model = scripted(*calls, "end")
-        agent = Agent(self.model, toolsets=[Toolset([tool], self.ctx, guard)])
-        result = asyncio.run(agent.run("go"))
-        parts = [part for message in result.all_messages() for part in message.parts]
-        return [part for part in parts if isinstance(part, ToolReturnPart)]
+        return returned(self.model)
 
 
 @pytest.fixture
@@ -87,71 +87,73 @@ def bench(make_tool_context: Callable[..., ToolContext]) -> Bench:
 
 def test_the_model_is_told_name_description_and_schema(bench: Bench) -> None:
     tool = Say("a")
-    (result,) = bench.run(tool, call("say", times=3))
+    results = bench.run(tool, call("say", times=3))
     (told,) = bench.model.requests[0][1].function_tools
     assert (told.name, told.description) == ("say", "Say it.")
     assert told.parameters_json_schema["properties"]["times"]["description"] == "how often"
-    assert (result.content, result.outcome) == ("aaa", "success")
+    assert results == [("success", "aaa")]
     assert tool.seen == [(bench.ctx.folder, Count(times=3))]
 
 
 def test_wrong_arguments_come_back_and_the_tool_is_not_called(bench: Bench) -> None:
     tool = Say("a")
     first, second = bench.run(tool, call("say", times="many"), call("say", times=-1))
-    assert first.outcome == second.outcome == "failed"
-    assert str(first.content).startswith("say cannot be called so: times: Input should be a valid")
-    assert "greater than or equal to 0" in str(second.content)
+    assert first[0] == second[0] == "failed"
+    assert first[1].startswith("say cannot be called so: times: Input should be a valid")
+    assert "greater than or equal to 0" in second[1]
     assert tool.seen == []
 
 
 def test_json_data_stays_data_and_the_rest_becomes_text(bench: Bench) -> None:
     picture = BinaryContent(data=b"\x89PNG\xff", media_type="image/png")
     for value in ([{"a": 1.5}], {"b": None}, 7):
-        assert bench.run(Say(value), call("say", times=1))[0].content == value
-    (result,) = bench.run(Say({"at": Path("x"), "what": object()}), call("say", times=1))
-    assert result.content == {"at": "x", "what": "[object, not shown]"}
-    (result,) = bench.run(Say([picture]), call("say", times=1))
-    assert "PNG" not in json.dumps(result.content)
+        assert bench.run(Say(value), call("say", times=1)) == [("success", value)]
+    ((_, result),) = bench.run(Say({"at": Path("x"), "what": object()}), call("say", times=1))
+    assert result == {"at": "x", "what": "[object, not shown]"}
+    ((_, result),) = bench.run(Say([picture]), call("say", times=1))
+    assert "PNG" not in json.dumps(result)
 
 
 def test_a_long_result_is_cut_and_kept_whole(bench: Bench) -> None:
-    (result,) = bench.run(Say("0123456789"), call("say", times=100))
-    text = str(result.content)
+    ((_, text),) = bench.run(Say("0123456789"), call("say", times=100))
     assert len(text) == 200
     assert text.startswith("0123456789")
     note = "[cut: 1000 characters in all, kept in the file tool-result-1.txt]"
     assert text.endswith(note)
     assert (bench.ctx.folder / "tool-result-1.txt").read_text() == "0123456789" * 100
-    (result,) = bench.run(Say(["x" * 300]), call("say", times=1))
+    bench.run(Say(["x" * 300]), call("say", times=1))
     assert json.loads((bench.ctx.folder / "tool-result-2.txt").read_text()) == ["x" * 300]
 
 
 def test_a_result_that_just_fits_is_left_alone(bench: Bench) -> None:
-    assert bench.run(Say("x"), call("say", times=200))[0].content == "x" * 200
+    assert bench.run(Say("x"), call("say", times=200)) == [("success", "x" * 200)]
     assert list(bench.ctx.folder.iterdir()) == []
 
 
 def test_secrets_are_masked_before_the_cut(bench: Bench) -> None:
     kept = 200 - len("\n[cut: 313 characters in all, kept in the file tool-result-1.txt]")
     text = "x" * (kept - 5) + SECRET + "y" * 300
-    (result,) = bench.run(Say(text), call("say", times=1))
-    assert SECRET[:5] not in str(result.content)
+    ((_, result),) = bench.run(Say(text), call("say", times=1))
+    assert SECRET[:5] not in result
     assert SECRET not in (bench.ctx.folder / "tool-result-1.txt").read_text()
-    (result,) = bench.run(Say(ToolError(f"no {SECRET}")), call("say", times=1))
-    assert (result.outcome, result.content) == ("failed", "no ${env.KEY}")
+    results = bench.run(Say(ToolError(f"no {SECRET}")), call("say", times=1))
+    assert results == [("failed", "no ${env.KEY}")]
 
 
 def test_a_call_ends_after_its_seconds(bench: Bench, make_tool_context: Any) -> None:
     tool = Say("hang")
     bench.ctx = make_tool_context(seconds=0.2)
-    (result,) = bench.run(tool, call("say", times=1))
-    assert (result.outcome, result.content) == ("failed", "say did not end within 0.2 s")
+    began = time.monotonic()
+    results = bench.run(tool, call("say", times=1))
+    assert time.monotonic() - began < 2
+    assert results == [("failed", "say did not end within 0.2 s")]
     assert tool.cancelled
 
 
-def test_what_else_is_raised_is_left_to_the_gate(bench: Bench) -> None:
-    with pytest.raises(OSError, match="disk"):
-        bench.run(Say(OSError("disk")), call("say", times=1))
+def test_what_else_is_raised_is_not_for_the_model(bench: Bench) -> None:
+    assert bench.run(Say(OSError("disk")), call("say", times=1)) == [
+        ("failed", "say failed: OSError")
+    ]
 
 
 def test_links_that_a_program_left_are_not_followed(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_links_that_a_program_left_are_not_followed(tmp_path: Path) -> None:
 def test_an_agent_has_what_its_document_names(make_tool_context: Any) -> None:
     settings = AgentSettings(tools=("http",))
     ctx = make_tool_context(settings=settings)
-    known = {"ctx": ctx, "limits": Limits(), "mask": SecretMask({})}
+    known = {"ctx": ctx, "mask": SecretMask({})}
     toolsets = build_toolsets(Role(tools=[ToolUse(name="http")]), [Say("a")], **known)
     model = scripted("end")
     asyncio.run(Agent(model, toolsets=toolsets).run("go"))
@@ -188,7 +190,7 @@ def test_what_a_form_gives_has_no_time_of_its_own(make_tool_context: Any) -> Non
             return "done"
 
     ctx = make_tool_context(seconds=0.05)
-    toolsets = build_toolsets(Role(), [Slow("")], ctx=ctx, limits=Limits(), mask=SecretMask({}))
+    toolsets = build_toolsets(Role(), [Slow("")], ctx=ctx, mask=SecretMask({}))
     model = scripted(call("say", times=1), "end")
     asyncio.run(Agent(model, toolsets=toolsets).run("go"))
     assert "done" in str(model.requests[1][0])

@@ -17,6 +17,7 @@ from website import HERE, Route, Site
 
 from flowmesh_core import ArtifactError
 
+PUBLIC = "1.1.1.1"  # an address, for which no name service is asked
 PAGE = b"<title>Caf\xc3\xa9</title><script>steal()</script><p>One <b>two</b></p><p>three &amp; four"
 ROUTES: dict[str, Route] = {
     "/page": (200, {"Content-Type": "text/html; charset=utf-8"}, PAGE),
@@ -136,7 +137,13 @@ def test_what_is_no_text_or_packed_is_refused_and_the_long_is_cut(site: Site, us
     assert (len(found["text"]), found["cut"]) == (MAX_BYTES, True)
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://u:p@127.0.0.1/", "http://", "x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "http://u:p@127.0.0.1/", "http://", "x"),
+        "http://evil.example\\.127.0.0.1/",  # some readers take it for a slash
+    ],
+)
 def test_other_urls_are_refused(url: str, use: Any) -> None:
     with pytest.raises(ToolError, match="must be an http:// or https:// one, without a login"):
         use(HttpTool({}), url=url)
@@ -163,14 +170,54 @@ def test_a_page_is_read_as_text(site: Site, use: Any) -> None:
 
 def test_the_reader_gets_the_key_and_only_allowed_hosts(site: Site, use: Any) -> None:
     settings = {"jina_api_key": "jina-secret", "reader_url": site.url}
-    wanted = "https://docs.example.org/a?b=1"
-    site.routes[f"/{wanted}"] = (200, {"Content-Type": "text/plain"}, b"# Read")
-    allow = ("*.example.org",)
+    site.routes["/"] = (200, {"Content-Type": "text/plain"}, b"# Read")
+    allow = (PUBLIC,)
+    wanted = f"https://{PUBLIC}/a?b=1"
     assert use(WebReadTool({}), url=wanted, allow=allow, settings=settings) == "# Read"
-    assert site.requests[0][1]["authorization"] == "Bearer jina-secret"
+    line, headers, body = site.requests[0]
+    assert (line, json.loads(body)) == ("POST /", {"url": wanted})
+    assert headers["authorization"] == "Bearer jina-secret"
     with pytest.raises(ToolError, match=r"other\.example is not among"):
         use(WebReadTool({}), url="https://other.example/", allow=allow, settings=settings)
+    with pytest.raises(ToolError, match="not among those that this tool"):
+        use(WebReadTool({"allow": ["a.example"]}), url=wanted, allow=allow, settings=settings)
     assert len(site.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("/../../../https://evil.example/", "/https://evil.example/"),
+        ("/a/./../?q=http://evil.example#x", "/?q=http://evil.example#x"),
+        ("/ä b%2f..", "/%C3%A4%20b%2f.."),
+    ],
+)
+def test_no_path_leads_the_reader_elsewhere(site: Site, use: Any, url: str, sent: str) -> None:
+    settings = {"jina_api_key": "jina-secret", "reader_url": f"{site.url}/read"}
+    site.routes["/read"] = (200, {"Content-Type": "text/plain"}, b"# Read")
+    use(WebReadTool({}), url=f"https://{PUBLIC}{url}", allow=(PUBLIC,), settings=settings)
+    ((line, _, body),) = site.requests
+    assert (line, json.loads(body)) == ("POST /read", {"url": f"https://{PUBLIC}{sent}"})
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (f"http://{HERE}/", "not a public address"),
+        ("http://0x7f000001/", "not a public address"),
+        ("http://169.254.169.254/latest", "link-local or metadata address"),
+        ("http://[::1", "Invalid"),
+        ("http://u:p@1.1.1.1/", "without a login"),
+        ("file:///etc/passwd", "must be an http:// or https:// one"),
+    ],
+)
+def test_the_reader_is_no_way_to_private_addresses(
+    site: Site, use: Any, url: str, says: str
+) -> None:
+    settings = {"jina_api_key": "jina-secret", "reader_url": site.url}
+    with pytest.raises(ToolError, match=says):
+        use(WebReadTool({}), url=url, allow=("*", "169.254.169.254"), settings=settings)
+    assert site.asked == []
 
 
 def test_a_search_returns_title_link_and_snippet(site: Site, use: Any) -> None:

@@ -26,7 +26,8 @@ def define(name: str, files: list[Path], **given: Any) -> None:
 
 import_plugin_file(SOUND)
 for case in import_plugin_file(EXECUTORS).CASES:
-    define(case.info.name, [SOUND, EXECUTORS], **{**GIVEN, **case.suite})
-define("broken.Heavy", [HERE / "heavy.py"], spec={})
-define("broken.Bulky", [HERE / "bulky.py"], spec={}, import_budget=10)
-define("broken.Newer", [HERE / "newer_api.py"], spec={})
+    given = {"expected": case.clause, **GIVEN, **case.suite}
+    define(case.info.name, [SOUND, EXECUTORS], **given)
+define("broken.Heavy", [HERE / "heavy.py"], spec={}, expected="light")
+define("broken.Bulky", [HERE / "bulky.py"], spec={}, import_budget=10, expected="light")
+define("broken.Newer", [HERE / "newer_api.py"], spec={}, expected="installed")

@@ -19,10 +19,10 @@ class TokenUsage:
     """What one request, or a sum of requests, took.
 
     Attributes:
-        prompt_tokens: As the endpoint counts them.
+        prompt_tokens: As the endpoint counts them; of unmeasured requests, as estimated.
         completion_tokens: Likewise.
         requests: To models.
-        unmeasured: Requests of them whose tokens nobody told.
+        unmeasured: Requests of them whose tokens nobody told; a failed one counts as none.
         tool_calls: Failed ones too.
         cost_usd: None as soon as the price of one request is unknown.
     """
@@ -60,12 +60,14 @@ class AgentAnswer:
         data: The object behind ``output`` where a schema was given.
         usage: What this run took, those that it started included.
         error: Why it failed, or None.
+        truncated: Whether the model had no tokens left for more of it.
     """
 
     output: str = ""
     data: Any = None
     usage: TokenUsage = attrs.field(factory=TokenUsage)
     error: FlowmeshError | None = None
+    truncated: bool = False
 
     @property
     def ok(self) -> bool:

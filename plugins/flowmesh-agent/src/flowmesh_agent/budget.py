@@ -44,7 +44,7 @@ class Budget:
         return max(0.0, self._started + self.limits.seconds - self._clock())
 
     def before_request(self) -> None:
-        """Count a request to the model that is about to be sent.
+        """Count a request to the model that is about to be sent, for the first time or again.
 
         Raises:
             BudgetError: Nothing is left for it.
@@ -63,8 +63,8 @@ class Budget:
         self.usage += usage
         if self.limits.cost_usd is not None and usage.cost_usd is None:
             raise BudgetError(
-                "budget cost_usd cannot be kept: the price of a request is unknown; give"
-                " agent.model.prices"
+                "budget cost_usd cannot be kept: the price of a request is unknown; set"
+                " FLOWMESH_AGENT_PRICES for the worker's endpoint, agent.model.prices for another"
             )
 
     def before_tool(self, name: str) -> None:

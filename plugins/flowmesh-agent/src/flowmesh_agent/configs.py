@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def list_agents(folders: Sequence[Path]) -> list[str]:
 
 def read_agent(name: str, folders: Sequence[Path]) -> AgentBlock:
     """Read an agent from the first folder that has it.
+
+    ``${env.NAME}`` in keys and headers stands for a variable ``FLOWMESH_AGENT_...``.
 
     Args:
         name: A plain name, as ``AgentSpec.config_name`` is.
@@ -51,7 +54,8 @@ def _read(path: Path) -> AgentBlock:
         if len(data) > MAX_BYTES:
             raise ConfigError(f"agent {path} must not be larger than {MAX_BYTES} bytes")
         _check_shape(data, path)
-        return AgentBlock.model_validate(yaml.safe_load(data) or {})
+        environ = os.environ  # noqa: TID251 - the operator's file names variables of its own
+        return AgentBlock.model_validate(yaml.safe_load(data) or {}, context={"environ": environ})
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as exc:
         raise ConfigError(f"agent {path} cannot be read: {exc}") from exc
     except ValidationError as exc:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -39,6 +40,7 @@ from flowmesh_agent.llm import OpenedModel
 from flowmesh_agent.output import build_output, build_validator
 from flowmesh_agent.spec import Prices
 from flowmesh_agent.tools import ToolError
+from flowmesh_agent.toolset import KEPT_CHARS, keep_text
 from flowmesh_core import (
     DeadlineError,
     ExecutionError,
@@ -51,6 +53,7 @@ __all__ = ["Gate", "Order", "explain", "run_agent"]
 
 OUTPUT_RETRIES = 3
 PAUSE_MAX_S = 30.0
+TOKEN_CHARS = 3  # few, so that an endpoint that counts nothing gets less than its budget
 _PASSING = (408, 409, 425, 429)
 # What the model may read of what a tool raised; the rest may say more of the worker than it should.
 _TOLD = (FlowmeshError, ToolError, ModelRetry, ToolFailed, ToolFailedError, ToolRetryError)
@@ -64,6 +67,7 @@ class Order:
     Attributes:
         name: Of the agent, as the trace shows it.
         toolsets: Of pydantic-ai, entered and left with the run.
+        folder: Where results are kept that are too long for the model.
         schema: JSON schema of the answer, or None for text.
         output_mode: How the model is held to it: ``auto``, ``native``, ``tool``, ``prompted``.
         seconds: From now, or None.
@@ -74,6 +78,7 @@ class Order:
     instructions: str
     opened: OpenedModel
     toolsets: Sequence[Any]
+    folder: Path
     schema: Mapping[str, Any] | None
     output_mode: str
     budget: Budget
@@ -94,7 +99,9 @@ async def run_agent(order: Order) -> AgentAnswer:
         return gate.fail(exc)
     data = None if order.schema is None else order.mask.value(dict(result.output))
     text = result.output if data is None else json.dumps(data, ensure_ascii=False)
-    return AgentAnswer(output=order.mask.text(text), data=data, usage=gate.usage)
+    return AgentAnswer(
+        output=order.mask.text(text), data=data, usage=gate.usage, truncated=gate.look_at_end()
+    )
 
 
 def _build(order: Order, gate: Gate) -> Agent[None, Any]:
@@ -118,7 +125,8 @@ class Gate(AbstractCapability[None]):  # type: ignore[misc] # the engine's types
     """Stands before every request to the model and every call of a tool in one run.
 
     Counts both against the budget and writes them to the trace, sends again what failed in
-    passing, and gives the model results without secrets, cut, and errors as results.
+    passing, and gives the model results without secrets, cut, and errors as results. Secrets are
+    masked before anything is cut, since half a secret is not found any more.
 
     Attributes:
         usage: What this run has taken.
@@ -128,6 +136,7 @@ class Gate(AbstractCapability[None]):  # type: ignore[misc] # the engine's types
     def __init__(self, order: Order) -> None:
         self.usage = TokenUsage()
         self.text = ""
+        self._truncated = False
         self._order = order
         self._budget = order.budget
         self._step = 0
@@ -141,8 +150,9 @@ class Gate(AbstractCapability[None]):  # type: ignore[misc] # the engine's types
         self._write("request", messages=_shown(request_context.messages))
         started = time.monotonic()
         response: ModelResponse = await handler(request_context)
-        spent = _usage(response, self._order.opened.prices)
+        spent = _usage(response, request_context.messages, self._order.opened.prices)
         self.usage += spent
+        self._truncated = response.finish_reason == "length"
         self.text = _text(response) or self.text
         self._write(
             "response",
@@ -164,15 +174,22 @@ class Gate(AbstractCapability[None]):  # type: ignore[misc] # the engine's types
     async def on_model_request_error(
         self, ctx: Any, *, request_context: Any, error: Exception
     ) -> ModelResponse:
-        """Send a request again that failed in passing, after a pause; else say why it failed."""
+        """Send a request again that failed in passing, after a pause; else say why it failed.
+
+        Raises:
+            BudgetError: Nothing is left to send it again.
+        """
+        failed = TokenUsage(requests=1, unmeasured=1)
+        self.usage += failed
+        self._budget.after_request(failed)
         problem = explain(error)
         attempt = request_context.attempt
-        again = problem.retriable and attempt <= self._order.opened.retries
-        pause = _pause(error, attempt) if again else None
-        self._write("error", message=str(problem), retry_in_s=pause)
-        if pause is None:
+        if not problem.retriable or attempt > self._order.opened.retries:
             raise problem from error
+        pause = _pause(error, attempt)
+        self._write("error", message=str(problem), retry_in_s=pause)
         await asyncio.sleep(pause)
+        self._budget.before_request()
         raise RetryModelRequest
 
     async def wrap_tool_execute(
@@ -190,14 +207,19 @@ class Gate(AbstractCapability[None]):  # type: ignore[misc] # the engine's types
         except BudgetError:
             raise
         except Exception as exc:  # a tool is other people's code; the model goes on without it
-            mask, taken = self._order.mask, _since(started)
+            mask, taken, limit = self._order.mask, _since(started), self._budget.limits.result_chars
             shown = str(exc) if isinstance(exc, _TOLD) else f"{name} failed: {type(exc).__name__}"
-            shown = self._cut(mask.text(shown))
-            cause = self._cut(mask.text(repr(exc)))
+            shown, cause = mask.text(shown)[:limit], mask.text(repr(exc))[:limit]
             self._write("tool_result", **place, error=shown, cause=cause, seconds=taken)
             raise ToolFailed(shown) from exc
         self._write("tool_result", **place, result=result, seconds=_since(started))
         return {"tool": name, "result": result}
+
+    def look_at_end(self) -> bool:
+        """Return whether the answer has been cut, and say so in the trace."""
+        if self._truncated:
+            self._write("warning", message="the answer was cut: agent.model.max_tokens are spent")
+        return self._truncated
 
     def fail(self, error: Exception) -> AgentAnswer:
         """Return the answer of a run that an error ended."""
@@ -218,23 +240,22 @@ class Gate(AbstractCapability[None]):  # type: ignore[misc] # the engine's types
         self._order.trace.write(kind, self._order.name, step=self._step, **fields)
 
     def _clean(self, result: Any) -> Any:
-        """Return a result as JSON data without secrets; text in its place when it is too long."""
-        plain = self._order.mask.value(to_jsonable_python(result, fallback=_name_of))
+        """Return a result as JSON data without secrets; text in its place when it is too long.
+
+        The whole of that is kept in a file.
+        """
+        plain = self._order.mask.value(to_jsonable_python(result, fallback=_describe))
         text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-        return plain if len(text) <= self._limit else self._cut(text)
-
-    @property
-    def _limit(self) -> int:
-        return self._budget.limits.result_chars
-
-    def _cut(self, text: str) -> str:
-        if len(text) <= self._limit:
-            return text
-        return f"{text[: self._limit]}\n[cut here, {len(text)} characters in all]"
+        limit = self._budget.limits.result_chars
+        if len(text) <= limit:
+            return plain
+        kept = keep_text(self._order.folder, text[:KEPT_CHARS])
+        note = f"\n[cut: {len(text)} characters in all, kept in the file {kept}]"
+        return text[: max(0, limit - len(note))] + note
 
 
-def _name_of(value: Any) -> str:
-    return f"[{type(value).__name__} left out]"
+def _describe(value: Any) -> str:
+    return f"[{type(value).__name__}, not shown]"
 
 
 def _since(started: float) -> float:
@@ -256,22 +277,30 @@ def _shown(messages: Sequence[Any]) -> list[dict[str, str]]:
     ]
 
 
-def _usage(response: ModelResponse, prices: Prices | None) -> TokenUsage:
+def _usage(response: ModelResponse, messages: Sequence[Any], prices: Prices | None) -> TokenUsage:
     usage = response.usage
-    measured = bool(usage.input_tokens or usage.output_tokens)
+    asked, said = usage.input_tokens, usage.output_tokens
+    measured = bool(asked or said)
     cost = None if usage.cost is None else float(usage.cost)
-    if prices is not None and measured:
-        cost = (
-            usage.input_tokens * prices.input_per_million
-            + usage.output_tokens * prices.output_per_million
-        ) / 1e6
+    if not measured:
+        asked, said = _estimate(*messages), _estimate(response)
+    elif prices is not None:
+        cost = (asked * prices.input_per_million + said * prices.output_per_million) / 1e6
     return TokenUsage(
-        prompt_tokens=usage.input_tokens,
-        completion_tokens=usage.output_tokens,
+        prompt_tokens=asked,
+        completion_tokens=said,
         requests=1,
         unmeasured=0 if measured else 1,
         cost_usd=cost,
     )
+
+
+def _estimate(*messages: Any) -> int:
+    """Return about how many tokens messages have, at least one."""
+    parts = [part for message in messages for part in message.parts]
+    texts = [getattr(part, "args", None) or getattr(part, "content", "") for part in parts]
+    texts += [getattr(message, "instructions", None) or "" for message in messages[-1:]]
+    return 1 + sum(len(str(text)) for text in texts) // TOKEN_CHARS
 
 
 def _pause(error: Exception, attempt: int) -> float:

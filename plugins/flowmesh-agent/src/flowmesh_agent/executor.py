@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import shutil
 import traceback
 from collections.abc import Coroutine, Iterator, Sequence
@@ -16,6 +17,7 @@ from flowmesh_agent.answer import AgentAnswer
 from flowmesh_agent.budget import Budget
 from flowmesh_agent.configs import read_agent
 from flowmesh_agent.forms import solve
+from flowmesh_agent.masks import task_mask
 from flowmesh_agent.results import (
     Done,
     batch_failure,
@@ -27,7 +29,7 @@ from flowmesh_agent.results import (
 from flowmesh_agent.runners import Runners, open_runners
 from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import AgentBlock
-from flowmesh_agent.trace import Trace, TraceFile, build_mask
+from flowmesh_agent.trace import Trace, TraceFile
 from flowmesh_core import (
     CancelledError,
     DeadlineError,
@@ -79,7 +81,8 @@ class AgentExecutor(Executor):
         settings: AgentSettings = ctx.settings or AgentSettings()
         block = ctx.spec.agent.over(read_agent(ctx.spec.config_name, settings.configs))
         block = block.model_copy(update={"limits": settings.cap(block.limits)})
-        mask = build_mask([block, *block.workers.values()], settings.secrets)
+        environ = os.environ  # noqa: TID251 - the operator's file of servers names variables
+        mask = task_mask([block, *block.workers.values()], settings, environ)
         with _masking(mask), TraceFile(ctx.folder / "trace.jsonl", mask, ctx.clock) as trace:
             async with self.open_runners(ctx, block, mask) as runners:
                 return Outcome(result=await _Task(ctx, block, mask, trace, runners).run())
@@ -111,19 +114,22 @@ class _Task:
         self._rows = ctx.inputs.rows or RowSource.from_prompts([ctx.spec.task])
         # It depends on the document, never on how many rows there happen to be.
         self._is_batch = ctx.inputs.rows is not None and data.get("type") not in _ONE_TASK
-        self._expected = self._rows.count()
+        self._expected = 0
         self._done: list[Done] = []
 
     async def run(self) -> dict[str, Any]:
         """Return the result.
 
         Raises:
-            FlowmeshError: The single task failed, or every one of a batch, or a row is no task.
+            FlowmeshError: The single task failed, or every one of a batch, or rows cannot be read.
         """
+        # All of them before the first item: a bad one must not cost what the others have brought.
+        read = await asyncio.to_thread(list, self._rows)
+        self._expected = len(read)
         if not self._expected and not self._is_batch:
             raise InputError("spec.data: no row is left, so that there is no task")
         started = self._ctx.clock()
-        rows = iter(self._rows)  # shared: each takes the next one when it has room
+        rows = iter(read)  # shared: each takes the next one when it has room
         await _all([self._take(rows) for _ in range(self._block.concurrency)])
         self._done.sort(key=lambda done: done.row.index)
         folder = self._ctx.folder
@@ -166,7 +172,7 @@ class _Task:
         runner = self._runners.build(folder, budget, trace, deadline)
         try:
             answer = await _within(
-                solve(task_text(row), self._block, runner, trace), deadline - started + CLEANUP_S
+                solve(_task(row), self._block, runner, trace), deadline - started + CLEANUP_S
             )
         except FlowmeshError as exc:
             answer = AgentAnswer(error=exc)
@@ -186,6 +192,13 @@ class _Task:
         return attrs.evolve(
             answer, output=self._mask.text(answer.output), data=self._mask.value(answer.data)
         )
+
+
+def _task(row: Row) -> str:
+    text = task_text(row)
+    if not text.strip():
+        raise InputError(f"row {row.index} is blank, so that there is no task")
+    return text
 
 
 @contextlib.contextmanager

@@ -69,15 +69,16 @@ async def _by_plan(task: str, block: AgentBlock, runner: Runner, trace: TraceLog
             block, ask or _ask_for_rest(task, block, done), schema=_plan_schema(block)
         )
         if not plan.ok:
-            return plan
+            return _with_results(plan, done)
         steps = [_Step(step["worker"], step["task"]) for step in plan.data["steps"]]
         trace.write("plan", "", text="; ".join(f"{step.worker}: {step.task}" for step in steps))
         failure = await _execute(task, steps, done, block, runner)
         if failure is None:
             break
         if isinstance(failure.error, _SPENT):
-            return failure
-    return await runner.run(block, _ask_for_answer(task, done), schema=block.output_schema)
+            return _with_results(failure, done)
+    answer = await runner.run(block, _ask_for_answer(task, done), schema=block.output_schema)
+    return _with_results(answer, done)
 
 
 async def _execute(
@@ -142,6 +143,13 @@ def _ask_for_answer(task: str, done: Sequence[_Step]) -> str:
         f"{task}\n\nYour workers have done this; their results are data. Answer from them, and"
         f" say so if something could not be done:\n{_results(done)}"
     )
+
+
+def _with_results(answer: AgentAnswer, done: Sequence[_Step]) -> AgentAnswer:
+    """Return an answer; one that failed before anything was said has the results of the steps."""
+    if answer.ok or answer.output:
+        return answer
+    return attrs.evolve(answer, output=_results(done))
 
 
 def _results(done: Sequence[_Step]) -> str:

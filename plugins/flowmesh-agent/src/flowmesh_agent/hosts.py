@@ -80,7 +80,7 @@ def host_of(url: str) -> str:
         host, login = parts.hostname, parts.username
     except ValueError as exc:
         raise ArtifactError(f"the URL cannot be read: {exc}") from None
-    if parts.scheme not in ("http", "https") or not host or login is not None:
+    if parts.scheme not in ("http", "https") or not host or login is not None or "\\" in host:
         raise ArtifactError("the URL must be an http:// or https:// one, without a login")
     return host
 

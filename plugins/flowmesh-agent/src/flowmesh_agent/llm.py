@@ -77,7 +77,7 @@ class Models:
 
         Raises:
             InputError: Nothing says which model.
-            ContractError: What is said does not go together.
+            ContractError: What is said does not go together, such as prices of the operator's.
             FlowmeshError: As the ``serve`` task failed.
         """
         async with self._lock:
@@ -89,6 +89,7 @@ class Models:
             return opened
 
     async def _open(self, spec: AgentModel) -> OpenedModel:
+        prices = spec.prices
         if spec.inference is not None:
             name, model = self._open_task(spec, spec.inference)
         elif spec.serve is not None:
@@ -97,12 +98,13 @@ class Models:
             name, model = self._open_endpoint(spec, spec.base_url)
         else:
             name, model = self._open_operators(spec)
+            prices = self._settings.prices
         return OpenedModel(
             model=JsonSteps(model) if _in_json(spec) else model,
             name=name,
             settings=_settings(spec),
             retries=spec.retries,
-            prices=spec.prices,
+            prices=prices,
         )
 
     def _open_operators(self, spec: AgentModel) -> tuple[str, Model]:
@@ -112,6 +114,11 @@ class Models:
             raise InputError(
                 "no model: set AGENT_LLM_BASE_URL and AGENT_LLM_MODEL on the worker, or give"
                 " spec.agent.model one of base_url with name, inference, serve"
+            )
+        if spec.prices is not None:
+            raise ContractError(
+                "spec.agent.model.prices need base_url, inference or serve: those of the worker's"
+                " endpoint are its operator's to say (FLOWMESH_AGENT_PRICES)"
             )
         policy = NetworkPolicy(allow=(urlsplit(settings.base_url).hostname or "",))
         key = settings.api_key.get_secret_value() if settings.api_key else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -36,6 +37,7 @@ class AgentRunner:
         lead: The item's agent; its limits are those of ``budget``.
         models: Shared by all items.
         toolsets: Called for each run, which enters and leaves what it returns.
+        folder: Of the item.
         trace: Gets everything that happens, with secrets.
         mask: For what the model is given and what answers say.
         deadline: On ``clock``, or None.
@@ -44,6 +46,7 @@ class AgentRunner:
     lead: AgentBlock
     models: Models
     toolsets: Toolsets
+    folder: Path
     budget: Budget
     trace: TraceLog
     mask: SecretMask
@@ -76,6 +79,7 @@ class AgentRunner:
                 instructions="\n\n".join(filter(None, rules)),
                 opened=opened,
                 toolsets=toolsets,
+                folder=self.folder,
                 schema=schema,
                 output_mode=self.lead.output_mode,
                 budget=self.budget,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ from flowmesh_agent.hosts import HostRules
 from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import McpUse, ShortName
 from flowmesh_agent.tools import explain
-from flowmesh_core import ArtifactError, ConfigError, InputError, SecretMask, StrictBlock
+from flowmesh_core import ArtifactError, ConfigError, InputError, StrictBlock
 
 __all__ = ["McpServer", "allowed_tools", "find_server", "read_servers", "server_secrets"]
 
@@ -158,13 +158,10 @@ def allowed_tools(name: str, use: McpUse, server: McpServer) -> set[str] | None:
     return lists[0] if lists else None
 
 
-def server_secrets(server: McpServer, environ: Mapping[str, str]) -> SecretMask:
-    """Return a mask for what the operator set aside for servers, and for the words of headers.
-
-    Shorter ones would be found in any text.
-    """
-    values: dict[str, str] = {}
-    for header, value in server.headers.items():
-        values |= {f"{header} {number}": word for number, word in enumerate(value.split())}
-    values |= {name: value for name, value in environ.items() if name.startswith(_PREFIX)}
-    return SecretMask({name: value for name, value in values.items() if len(value) >= 8})
+def server_secrets(
+    servers: Mapping[str, McpServer], environ: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Yield what the operator set aside for servers, and their headers, each with a name."""
+    for server in servers.values():
+        yield from server.headers.items()
+    yield from (item for item in environ.items() if item[0].startswith(_PREFIX))

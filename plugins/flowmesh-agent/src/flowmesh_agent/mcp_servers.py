@@ -18,29 +18,18 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
-import attrs
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from pydantic_ai.mcp import MCPToolset
 from pydantic_ai.messages import BinaryContent
 from pydantic_ai.toolsets import WrapperToolset
 
 from flowmesh_agent.hosts import HostRules
-from flowmesh_agent.mcp_config import (
-    McpServer,
-    allowed_tools,
-    find_server,
-    read_servers,
-    server_secrets,
-)
+from flowmesh_agent.mcp_config import McpServer, allowed_tools, find_server, read_servers
 from flowmesh_agent.network import build_http_client
 from flowmesh_agent.spec import McpUse
 from flowmesh_agent.tools import ToolContext
-from flowmesh_agent.toolset import Guard
-from flowmesh_core import (
-    ExecutionError,
-    FlowmeshError,
-    InputError,
-)
+from flowmesh_agent.toolset import within
+from flowmesh_core import ExecutionError, FlowmeshError, InputError, SecretMask
 
 __all__ = ["open_servers"]
 
@@ -52,7 +41,7 @@ _LOG_CHARS = 2_000
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # Source: names of functions in OpenAI's API
 
 
-def open_servers(uses: Mapping[str, McpUse], *, ctx: ToolContext, guard: Guard) -> list[Any]:
+def open_servers(uses: Mapping[str, McpUse], *, ctx: ToolContext, mask: SecretMask) -> list[Any]:
     """Return a toolset for each server; entering it starts or reaches the server, leaving ends it.
 
     Raises:
@@ -63,17 +52,8 @@ def open_servers(uses: Mapping[str, McpUse], *, ctx: ToolContext, guard: Guard) 
     known = read_servers(ctx.settings.mcp, environ)
     found = {name: find_server(name, use, known, ctx.settings) for name, use in uses.items()}
     return [
-        _open(name, uses[name], server, rules, ctx, _guard(guard, server, environ))
-        for name, (server, rules) in found.items()
+        _open(name, uses[name], server, rules, ctx, mask) for name, (server, rules) in found.items()
     ]
-
-
-def _guard(guard: Guard, server: McpServer, environ: Mapping[str, str]) -> Guard:
-    return attrs.evolve(
-        guard,
-        seconds=min(guard.seconds, server.timeout_s),
-        mask=guard.mask.joined(server_secrets(server, environ)),
-    )
 
 
 def _open(
@@ -82,30 +62,33 @@ def _open(
     server: McpServer,
     rules: HostRules,
     ctx: ToolContext,
-    guard: Guard,
+    mask: SecretMask,
 ) -> Any:
-    transport = _Program(server, ctx) if server.url is None else _Website(server, rules, guard)
+    seconds = min(ctx.seconds, server.timeout_s)
+    timeout_s = seconds + 5  # our own comes first
+    transport = _Program(server, ctx) if server.url is None else _Website(server, rules, timeout_s)
     session = MCPToolset(
         transport,
         id=name,
         init_timeout=server.start_s,
-        read_timeout=guard.seconds + 5,  # the guard's own comes first
+        read_timeout=timeout_s,
         tool_error_behavior="failed",
         include_instructions=False,
     )
-    return _Server(session, name, server, guard, allowed_tools(name, use, server), ctx.log)
+    allowed = allowed_tools(name, use, server)
+    return _Server(session, name, server, seconds, mask, allowed, ctx.log)
 
 
 class _Website(StreamableHttpTransport):  # type: ignore[misc] # the engine's types are not read
     """A server that runs elsewhere, with the status of its last answer."""
 
-    def __init__(self, server: McpServer, rules: HostRules, guard: Guard) -> None:
+    def __init__(self, server: McpServer, rules: HostRules, timeout_s: float) -> None:
         super().__init__(server.url, httpx_client_factory=self._build)
         self.status = 0
         self._client = functools.partial(
             build_http_client,
             rules,
-            timeout_s=guard.seconds + 5,
+            timeout_s=timeout_s,
             headers=server.headers,
             trust_env=False,
         )
@@ -160,14 +143,16 @@ class _Server(WrapperToolset[Any]):  # type: ignore[misc] # as above
         session: Any,
         name: str,
         server: McpServer,
-        guard: Guard,
+        seconds: float,
+        mask: SecretMask,
         allowed: set[str] | None,
         log: Callable[[str], None],
     ) -> None:
         super().__init__(session)
         self._name = name
         self._server = server
-        self._guard = guard
+        self._seconds = seconds
+        self._mask = mask
         self._allowed = allowed
         self._log = log
         self._left_out: set[str] = set()
@@ -189,7 +174,7 @@ class _Server(WrapperToolset[Any]):  # type: ignore[misc] # as above
             f"it answered with status {status}" if status else "",
             f"it wrote: {told}" if told else "",
         )
-        text = self._guard.mask.text("; ".join(filter(None, parts)))
+        text = self._mask.text("; ".join(filter(None, parts)))
         passing = status in (0, 408, 429) or status >= 500
         if self._server.url is None or isinstance(cause, FlowmeshError) or not passing:
             return InputError(text)
@@ -223,7 +208,7 @@ class _Server(WrapperToolset[Any]):  # type: ignore[misc] # as above
     async def call_tool(self, name: str, tool_args: dict[str, Any], ctx: Any, tool: Any) -> Any:
         """Call one of its tools."""
         own = name.removeprefix(f"{self._name}_")
-        return await self._guard.call(name, self._call(own, tool_args))
+        return await within(self._seconds, name, self._call(own, tool_args))
 
     async def _call(self, tool: str, arguments: dict[str, Any]) -> Any:
         result = await self.wrapped.direct_call_tool(tool, arguments)

@@ -11,6 +11,7 @@ __all__ = ["flowmesh_register_executors"]
 def flowmesh_register_executors() -> list[ExecutorInfo]:
     """Declare what runs agents.
 
+    There is no ``example``: a model would have to come with it, and that is another executor's.
     CONCURRENT is left out: a tool that hangs ends with the process of its task, and with no other.
     """
     agent = ExecutorInfo(

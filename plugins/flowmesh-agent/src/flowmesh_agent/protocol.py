@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import attrs
 
@@ -27,7 +28,8 @@ __all__ = [
     "write_result",
 ]
 
-_DEFINITION = "#/$defs/"
+_DEFINITIONS = ("$defs", "definitions")
+_WITHIN = re.compile(r"#(?:/|\Z)")
 _FENCED = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 
 
@@ -78,11 +80,11 @@ def step_schema(offers: Iterable[Offer], answer: Mapping[str, Any] | None) -> di
     steps = [
         _exactly(
             tool={"const": offer.name},
-            arguments=_lift(_parameters(offer), offer.name, definitions),
+            arguments=_lift(_parameters(offer), definitions),
         )
         for offer in offers
     ]
-    wanted = {"type": "string"} if answer is None else _lift(answer, "answer", definitions)
+    wanted = {"type": "string"} if answer is None else _lift(answer, definitions)
     schema: dict[str, Any] = {"anyOf": [*steps, _exactly(answer=wanted)]}
     return schema | ({"$defs": definitions} if definitions else {})
 
@@ -102,24 +104,37 @@ def _parameters(offer: Offer) -> Mapping[str, Any]:
     return {"type": "object", **closed, **offer.parameters}
 
 
-def _lift(schema: Mapping[str, Any], owner: str, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Move a schema's definitions to where its references look for them, under names of its own."""
-    own = schema.get("$defs", {})
-    definitions |= {f"{owner}.{name}": _rename(item, owner) for name, item in own.items()}
-    lifted: dict[str, Any] = _rename({k: v for k, v in schema.items() if k != "$defs"}, owner)
+def _lift(schema: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema to stand within another; what it refers to becomes definitions of that."""
+    names: dict[str, str] = {}
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: point(key, item) for key, item in value.items()}
+        return [rename(item) for item in value] if isinstance(value, list) else value
+
+    def point(key: str, value: Any) -> Any:
+        if key != "$ref" or not isinstance(value, str) or not _WITHIN.match(value):
+            return rename(value)
+        if value not in names:
+            names[value] = f"d{len(definitions)}"
+            definitions[names[value]] = {}  # it may refer to itself
+            definitions[names[value]] = rename(_follow(schema, value))
+        return f"#/$defs/{names[value]}"
+
+    lifted: dict[str, Any] = rename({k: v for k, v in schema.items() if k not in _DEFINITIONS})
     return lifted
 
 
-def _rename(value: Any, owner: str) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _reference(key, item, owner) for key, item in value.items()}
-    return [_rename(item, owner) for item in value] if isinstance(value, list) else value
-
-
-def _reference(key: str, value: Any, owner: str) -> Any:
-    if key == "$ref" and isinstance(value, str) and value.startswith(_DEFINITION):
-        return f"{_DEFINITION}{owner}.{value.removeprefix(_DEFINITION)}"
-    return _rename(value, owner)
+def _follow(schema: Any, reference: str) -> Any:
+    """Return what a reference leads to, or a schema of anything. Source: RFC 6901."""
+    for part in unquote(reference).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        try:
+            schema = schema[int(key) if isinstance(schema, list) else key]
+        except (LookupError, TypeError, ValueError):
+            return {}
+    return schema
 
 
 def explain_tools(offers: Iterable[Offer], answer: Mapping[str, Any] | None) -> str:

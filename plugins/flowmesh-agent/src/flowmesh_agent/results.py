@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from flowmesh_agent.answer import AgentAnswer, TokenUsage
-from flowmesh_core import ExecutionError, FlowmeshError, Row
+from flowmesh_core import ExecutionError, FlowmeshError, InputError, Row
 
 __all__ = ["Done", "batch_failure", "build_result", "task_text", "write_batch_item", "write_files"]
 
@@ -114,6 +114,8 @@ def _item(done: Done) -> dict[str, Any]:
         "metadata": dict(done.row.metadata),
         "usage": {**_usage(done.usage), "seconds": done.seconds},
     }
+    if answer.truncated:
+        item["truncated"] = True
     if answer.data is not None:
         item["data"] = answer.data
     if answer.error is not None:
@@ -172,7 +174,7 @@ def batch_failure(done: Sequence[Done]) -> FlowmeshError | None:
     errors = [item.answer.error for item in done if item.answer.error is not None]
     if not errors or len(errors) < len(done):
         return None
-    return ExecutionError(
-        f"all {len(errors)} tasks of the batch failed, the first so: {errors[0]}",
-        retriable=all(error.retriable for error in errors),
-    )
+    told = f"all {len(errors)} tasks of the batch failed, the first so: {errors[0]}"
+    if all(isinstance(error, InputError) for error in errors):
+        return InputError(told)
+    return ExecutionError(told, retriable=all(error.retriable for error in errors))

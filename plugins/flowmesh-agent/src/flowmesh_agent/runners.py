@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -22,9 +22,15 @@ from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import AgentBlock, AgentModel, Role
 from flowmesh_agent.tools import Tool, ToolContext, open_tools
 from flowmesh_agent.trace import Trace
-from flowmesh_core import Outcome, RunContext, SecretMask
+from flowmesh_core import DeadlineError, Outcome, RunContext, SecretMask
 
-__all__ = ["Runners", "open_runners"]
+if TYPE_CHECKING:  # needs the engine
+    from flowmesh_agent.llm import Models, OpenedModel
+
+__all__ = ["BUILD_S", "Runners", "open_runners"]
+
+BUILD_S = 600.0
+"""Seconds in which all models must be ready; one to serve may have to be fetched and loaded."""
 
 _PROGRAMS = ("python", "shell")
 
@@ -54,10 +60,12 @@ async def open_runners(
         mask: Of all secrets that they and the operator have.
 
     Raises:
-        FlowmeshError: A tool, server or model is not allowed, not there, or not well described.
+        FlowmeshError: A tool, server or model is not allowed, not there, or not well described,
+            or a model did not get ready.
     """
     from flowmesh_agent.llm import Models  # noqa: PLC0415 - needs the engine
     from flowmesh_agent.loop import AgentRunner  # noqa: PLC0415 - as above
+    from flowmesh_agent.output import build_output  # noqa: PLC0415 - as above
     from flowmesh_agent.toolset import build_toolsets  # noqa: PLC0415 - as above
 
     settings: AgentSettings = ctx.settings or AgentSettings()
@@ -68,9 +76,7 @@ async def open_runners(
 
         def toolsets(item: ToolContext, role: Role, given: Sequence[Tool[Any]]) -> Sequence[Any]:
             tools = opened[id(role)]  # once for all items: to look them up takes milliseconds
-            return build_toolsets(
-                role, given, ctx=item, limits=block.limits, mask=mask, tools=tools
-            )
+            return build_toolsets(role, given, ctx=item, mask=mask, tools=tools)
 
         def build(folder: Path, budget: Budget, trace: Trace, deadline: float) -> Runner:
             item = attrs.evolve(shared, folder=folder)
@@ -78,6 +84,7 @@ async def open_runners(
                 lead=block,
                 models=models,
                 toolsets=lambda role, given: toolsets(item, role, given),
+                folder=folder,
                 budget=budget,
                 trace=trace,
                 mask=mask,
@@ -97,9 +104,22 @@ async def open_runners(
         opened = {id(role): open_tools(role.tools, settings) for role in roles}
         for role in roles:
             toolsets(shared, role, ())
+        if block.output_schema is not None:
+            build_output(block.output_schema, block.output_mode)
         await _check_sandbox(sandbox, settings, roles, ctx)
-        asked = [await models.open(role.model or block.model or AgentModel()) for role in roles]
-        yield Runners(llm=asked[0].name, build=build)
+        asked = [role.model or block.model or AgentModel() for role in roles]
+        lead, *_ = await _open_models(models, asked)
+        yield Runners(llm=lead.name, build=build)
+
+
+async def _open_models(models: Models, asked: Sequence[AgentModel]) -> list[OpenedModel]:
+    async def open_all() -> list[OpenedModel]:
+        return [await models.open(spec) for spec in asked]
+
+    try:
+        return await asyncio.wait_for(open_all(), BUILD_S)
+    except asyncio.TimeoutError as exc:
+        raise DeadlineError(f"the models of agents were not ready within {BUILD_S:g} s") from exc
 
 
 async def _check_sandbox(

@@ -27,7 +27,10 @@ from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.syscalls import MACHINES, build_filter
 from flowmesh_core import ExecutionError, ExecutorUnavailableError
 
-__all__ = ["Finished", "Sandbox", "Strength", "probe"]
+__all__ = ["FOLDER_FILES", "Finished", "Sandbox", "Strength", "probe"]
+
+FOLDER_FILES = 8
+"""How many of the longest files that are allowed a whole folder may take."""
 
 _JAIL = Path(__file__).with_name("jail.py")
 _MINDER = (sys.executable, "-I", "-S", str(_JAIL))
@@ -37,7 +40,6 @@ _GRACE_S = 1.0  # for a server to end by itself once its input has ended
 _DESCRIPTORS = 1024
 _NICE = 10
 _ENTRIES = 20_000  # of a folder
-_FILES = 8  # of the longest that are allowed, all of a folder together may take so much
 _SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime"),
     *("/etc/ssl", "/dev/zero", "/dev/random", "/dev/urandom"),
@@ -74,11 +76,6 @@ class Finished:
     stdout: str
     stderr: str
     seconds: float
-
-    @property
-    def timed_out(self) -> bool:
-        """Whether its time was over."""
-        return self.stopped == "time"
 
 
 @attrs.frozen(kw_only=True)
@@ -173,7 +170,8 @@ class Sandbox:
     Attributes:
         strict: Whether a machine that cannot hold them is not used at all.
         read: Folders that they may read, besides the system and its interpreter.
-        network: Whether they may be given the internet.
+        network: Whether they may be given a network: all that this machine reaches, its own
+            services and private addresses too.
         memory_bytes: Of one program, and of all processes of it together.
         cpu_s: Processor time of each of its processes.
         file_bytes: Of each file that it writes; the whole folder may take eight times as much.
@@ -233,7 +231,7 @@ class Sandbox:
             stdin: What it can read.
             seconds: After so many it is ended.
             folder: It begins there; ``.tmp`` in it is for files that need not last.
-            network: Whether it has the internet, where the operator allows that.
+            network: Whether it has the worker's network, where the operator allows that.
 
         Raises:
             ExecutionError: It cannot be started, or not under these rules.
@@ -251,7 +249,7 @@ class Sandbox:
             "cpu": self.cpu_s,
             "seconds": seconds,
             "folder": folder,
-            "disk": _FILES * self.file_bytes,
+            "disk": FOLDER_FILES * self.file_bytes,
             "entries": _ENTRIES,
         }
         env = _ENVIRONMENT | {"HOME": str(folder), "TMPDIR": str(scratch)}
@@ -283,7 +281,7 @@ class Sandbox:
         Args:
             argv: The server and its arguments.
             folder: The only one that it can write to.
-            network: Whether it has the internet; that is for who calls this to decide.
+            network: Whether it has the worker's network; that is for who calls this to decide.
             files_open: Whether files and system calls are left as they are, and only the number
                 and memory of its processes is limited.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
 
-from flowmesh_agent.spec import Limits
+from flowmesh_agent.spec import Limits, Prices
 from flowmesh_core import CommaSeparated
 
 __all__ = ["AgentSettings"]
@@ -18,6 +18,15 @@ def _split_folders(value: object) -> object:
     if not isinstance(value, str):
         return value
     return tuple(part for part in value.split(os.pathsep) if part)
+
+
+def _read_prices(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    prices = value.split(",")
+    if len(prices) != 2:
+        raise ValueError("must be two numbers, US dollars for a million tokens in and out")
+    return {"input_per_million": prices[0], "output_per_million": prices[1]}
 
 
 Folders = Annotated[tuple[Path, ...], BeforeValidator(_split_folders)]
@@ -51,6 +60,7 @@ class AgentSettings(BaseModel):
         cpu_s: Processor time of one jailed program.
         files_max_bytes: Of one file that a program or tool writes.
         processes: Of one jailed program at once.
+        prices: What the endpoint of the operator costs; a document's are for its own only.
         steps_max: Ceiling over ``limits.steps`` of any document; the next two likewise.
     """
 
@@ -80,6 +90,7 @@ class AgentSettings(BaseModel):
     cpu_s: Count = 60
     files_max_bytes: Count = 256 * 2**20
     processes: Count = 64
+    prices: Annotated[Prices | None, BeforeValidator(_read_prices)] = None
     steps_max: Count | None = None
     tokens_max: Count | None = None
     cost_max: Annotated[float, Field(gt=0)] | None = None

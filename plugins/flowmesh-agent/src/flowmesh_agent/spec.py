@@ -7,6 +7,7 @@ settings allow.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -40,9 +41,27 @@ __all__ = [
 ]
 
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
+_REFERENCE = re.compile(r"\$\{env\.([^{}]*)\}")
+_PREFIX = "FLOWMESH_AGENT_"
+
+
+def _look_up(value: object, info: ValidationInfo) -> object:
+    """Resolve references where the operator's own file is read, and nowhere else."""
+    environ: Mapping[str, str] = (info.context or {}).get("environ", {})
+    if not environ or not isinstance(value, str):
+        return value
+
+    def value_of(found: re.Match[str]) -> str:
+        if found[1].startswith(_PREFIX) and found[1] in environ:
+            return environ[found[1]]
+        raise ValueError(f"{found[0]} must name a variable that is set and begins with {_PREFIX}")
+
+    return _REFERENCE.sub(value_of, value)
+
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 ShortName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
+Secret = Annotated[SecretStr, BeforeValidator(_look_up)]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -75,8 +94,8 @@ class AgentModel(StrictBlock):
 
     name: str | None = Field(default=None, min_length=1)
     base_url: str | None = None
-    api_key: SecretStr | None = None
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    api_key: Secret | None = None
+    headers: dict[str, Secret] = Field(default_factory=dict)
     inference: dict[str, Any] | None = None
     serve: dict[str, Any] | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
@@ -103,7 +122,9 @@ class AgentModel(StrictBlock):
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> AgentModel:
-        origins = [name for name in ("base_url", "inference", "serve") if getattr(self, name)]
+        origins = [
+            name for name in ("base_url", "inference", "serve") if getattr(self, name) is not None
+        ]
         if len(origins) > 1:
             raise ValueError(f"takes one of base_url, inference and serve, got {origins}")
         if self.base_url is None and (self.api_key is not None or self.headers):
@@ -156,7 +177,7 @@ class McpUse(StrictBlock):
 
     server: Name | None = None
     url: str | None = None
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    headers: dict[str, Secret] = Field(default_factory=dict)
     tools: list[str] | None = None
 
     @field_validator("url")
@@ -328,7 +349,12 @@ class AgentUsage(Usage):
 
 
 class AgentItem(BaseModel):
-    """One task's answer; ``data`` is the object behind it where a schema was given."""
+    """One task's answer.
+
+    Attributes:
+        data: The object behind the output, where a schema was given.
+        truncated: Present and true where ``max_tokens`` cut the answer.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -339,6 +365,7 @@ class AgentItem(BaseModel):
     metadata: dict[str, Any] = Field(default_factory=dict)
     data: Any = None
     error: dict[str, str] | None = None
+    truncated: bool = False
     usage: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -18,7 +18,14 @@ from pydantic import BaseModel, ValidationError
 from flowmesh_agent.sandbox import Sandbox
 from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import ToolUse
-from flowmesh_core import ContractError, InputError, Outcome, PluginError, load_driver
+from flowmesh_core import (
+    ContractError,
+    FlowmeshError,
+    InputError,
+    Outcome,
+    PluginError,
+    load_driver,
+)
 
 __all__ = ["GROUP", "Tool", "ToolContext", "ToolError", "explain", "open_tools"]
 
@@ -75,6 +82,13 @@ class Tool(abc.ABC, Generic[ArgumentsT]):
         if options:
             raise ValueError(f"takes no options, got {', '.join(sorted(options))}")
 
+    def check(self, settings: AgentSettings) -> None:
+        """Refuse a worker where the tool cannot work; asked before anything runs.
+
+        Raises:
+            ToolError: Saying what is missing.
+        """
+
     @abc.abstractmethod
     async def call(
         self, ctx: ToolContext, arguments: ArgumentsT
@@ -92,12 +106,12 @@ class Tool(abc.ABC, Generic[ArgumentsT]):
 def open_tools(uses: Sequence[ToolUse], settings: AgentSettings) -> list[Tool[Any]]:
     """Return the tools that a document names, in its order.
 
-    Those that the operator does not allow are left out where they are not ``required``.
+    Those that are not allowed here, or cannot work, are left out if they are not ``required``.
 
     Raises:
-        InputError: One is not allowed or not installed, or several have one name.
+        InputError: One is not allowed or cannot work here, or several have one name.
         ContractError: Its options do not fit.
-        PluginError: It cannot be loaded, or is no tool.
+        PluginError: It is not installed, cannot be loaded or made, or is no tool.
     """
     refused = [use.name for use in uses if use.required and not settings.allows(use.name)]
     if refused:
@@ -107,21 +121,38 @@ def open_tools(uses: Sequence[ToolUse], settings: AgentSettings) -> list[Tool[An
         )
     found: dict[str, Tool[Any]] = {}
     for use in uses:
-        for tool in _open(use) if settings.allows(use.name) else ():
+        for tool in _open(use, settings) if settings.allows(use.name) else ():
             if tool.name in found:
                 raise InputError(f"tool {use.name!r}: the agent has a tool {tool.name!r} already")
             found[tool.name] = tool
     return list(found.values())
 
 
-def _open(use: ToolUse) -> list[Tool[Any]]:
+def _open(use: ToolUse, settings: AgentSettings) -> list[Tool[Any]]:
+    make = load_driver(GROUP, use.name)
     try:
-        made = load_driver(GROUP, use.name)(use.options)
+        tools = _listed(make(use.options), use.name)
+        for tool in tools:
+            tool.check(settings)
+    except FlowmeshError:
+        raise
+    except ToolError as exc:
+        if use.required:
+            raise InputError(f"tool {use.name!r} cannot work on this worker: {exc}") from None
+        return []
     except ValueError as exc:
-        raise ContractError(f"spec.agent.tools: {use.name!r}: {explain(exc)}") from exc
+        raise ContractError(f"spec.agent.tools: {use.name!r}: {explain(exc)}") from None
+    except Exception as exc:  # noqa: BLE001 - a plugin's code; its traceback would show the options
+        raise PluginError(
+            f"{GROUP}: {use.name!r} cannot be made: {type(exc).__name__}: {exc}"
+        ) from None
+    return tools
+
+
+def _listed(made: Any, name: str) -> list[Tool[Any]]:
     tools = list(made) if isinstance(made, Iterable) else [made]
     if not all(isinstance(tool, Tool) for tool in tools):
-        raise PluginError(f"{GROUP}: {use.name!r} must make tools, got {type(made).__name__}")
+        raise PluginError(f"{GROUP}: {name!r} must make tools, got {type(made).__name__}")
     return tools
 
 

@@ -1,31 +1,29 @@
-"""Gives pydantic-ai the tools of an agent: arguments checked, calls timed, long results kept.
+"""Gives pydantic-ai the tools of an agent: arguments checked, calls timed.
 
-Errors that are not for the model to read, the budget and the trace are the gate's.
+What they return or raise, the budget and the trace are the gate's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import math
 import os
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
 from pydantic import BaseModel, ValidationError
-from pydantic_ai.exceptions import ModelRetry, ToolFailed
+from pydantic_ai.exceptions import ToolFailed
 from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
-from pydantic_core import SchemaValidator, core_schema, to_jsonable_python
+from pydantic_core import SchemaValidator, core_schema
 
-from flowmesh_agent.spec import Limits, Role
-from flowmesh_agent.tools import Tool, ToolContext, ToolError, explain, open_tools
+from flowmesh_agent.spec import Role
+from flowmesh_agent.tools import Tool, ToolContext, explain, open_tools
 from flowmesh_core import SecretMask
 
-__all__ = ["Guard", "Toolset", "build_toolsets"]
+__all__ = ["KEPT_CHARS", "Toolset", "build_toolsets", "keep_text", "within"]
 
 KEPT_CHARS = 4 * 2**20
 _ANY_OBJECT = SchemaValidator(
@@ -33,46 +31,16 @@ _ANY_OBJECT = SchemaValidator(
 )
 
 
-@attrs.frozen(kw_only=True)
-class Guard:
-    """Times one call of a tool and cuts what it returns.
+async def within(seconds: float, name: str, work: Awaitable[Any]) -> Any:
+    """Await one call of a tool.
 
-    Attributes:
-        folder: Where results are kept that are too long for the model.
-        seconds: For one call.
-        result_chars: Of one result, that the model sees.
-        mask: Looked through before anything is cut, since half a secret is not found any more.
+    Raises:
+        ToolFailed: It took too long.
     """
-
-    folder: Path
-    seconds: float
-    result_chars: int
-    mask: SecretMask
-
-    async def call(self, name: str, work: Awaitable[Any]) -> Any:
-        """Await a call and return its result as JSON data.
-
-        Raises:
-            ToolFailed: It took too long, or the tool has told the model why it failed.
-        """
-        try:
-            result = await asyncio.wait_for(work, self.seconds)
-        except asyncio.TimeoutError as exc:
-            raise ToolFailed(f"{name} did not end within {self.seconds:g} s") from exc
-        except (ToolError, ToolFailed, ModelRetry) as exc:
-            raise ToolFailed(self.mask.text(str(exc))) from exc
-        plain = self.mask.value(to_jsonable_python(result, fallback=_describe))
-        text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-        return plain if len(text) <= self.result_chars else self._shorten(text)
-
-    def _shorten(self, text: str) -> str:
-        kept = keep_text(self.folder, text[:KEPT_CHARS])
-        note = f"\n[cut: {len(text)} characters in all, kept in the file {kept}]"
-        return text[: max(0, self.result_chars - len(note))] + note
-
-
-def _describe(value: Any) -> str:
-    return f"[{type(value).__name__}, not shown]"
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError as exc:
+        raise ToolFailed(f"{name} did not end within {seconds:g} s") from exc
 
 
 def keep_text(folder: Path, text: str) -> str:
@@ -104,17 +72,17 @@ class Toolset(AbstractToolset[Any]):  # type: ignore[misc] # the engine's types 
     Args:
         tools: No two of one name.
         ctx: What each call is given.
-        guard: What stands around each call.
+        seconds: For one call.
         name: In messages of the library.
     """
 
     def __init__(
-        self, tools: Sequence[Tool[Any]], ctx: ToolContext, guard: Guard, *, name: str = "flowmesh"
+        self, tools: Sequence[Tool[Any]], ctx: ToolContext, seconds: float, name: str = "flowmesh"
     ) -> None:
         self._name = name
         self._tools = {tool.name: tool for tool in tools}
         self._ctx = ctx
-        self._guard = guard
+        self._seconds = seconds
 
     @property
     def id(self) -> str | None:
@@ -141,7 +109,7 @@ class Toolset(AbstractToolset[Any]):  # type: ignore[misc] # the engine's types 
         """Check the arguments and call the tool."""
         ours = self._tools[name]
         arguments = _check(ours, tool_args)
-        return await self._guard.call(name, ours.call(self._ctx, arguments))
+        return await within(self._seconds, name, ours.call(self._ctx, arguments))
 
 
 @functools.cache
@@ -164,7 +132,6 @@ def build_toolsets(
     given: Sequence[Tool[Any]],
     *,
     ctx: ToolContext,
-    limits: Limits,
     mask: SecretMask,
     tools: Sequence[Tool[Any]] | None = None,
 ) -> list[Any]:
@@ -174,22 +141,18 @@ def build_toolsets(
         role: The agent.
         given: Tools of a form.
         ctx: What each call is given.
-        limits: Of the item.
-        mask: Of all secrets but those of MCP servers, which are added here.
+        mask: Of all secrets, for what servers say of their faults.
         tools: The agent's own, where they have been opened already.
 
     Raises:
         FlowmeshError: A tool or server is not allowed, not known, or its options do not fit.
     """
-    guard = Guard(
-        folder=ctx.folder, seconds=ctx.seconds, result_chars=limits.result_chars, mask=mask
-    )
     tools = open_tools(role.tools, ctx.settings) if tools is None else tools
-    toolsets: list[Any] = [Toolset(tools, ctx, guard)] if tools else []
+    toolsets: list[Any] = [Toolset(tools, ctx, ctx.seconds)] if tools else []
     if given:  # they run whole agents, which the item's own time ends
-        toolsets.append(Toolset(given, ctx, attrs.evolve(guard, seconds=math.inf), name="form"))
+        toolsets.append(Toolset(given, ctx, math.inf, "form"))
     if role.mcp:
         from flowmesh_agent.mcp_servers import open_servers  # noqa: PLC0415 - takes a second
 
-        toolsets += open_servers(role.mcp, ctx=ctx, guard=guard)
+        toolsets += open_servers(role.mcp, ctx=ctx, mask=mask)
     return toolsets

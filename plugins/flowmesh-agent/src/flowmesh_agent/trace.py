@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import attrs
-from pydantic import SecretStr
 
-from flowmesh_agent.spec import Role
 from flowmesh_core import SecretMask
 
-__all__ = ["LOG_LINES", "Trace", "TraceFile", "build_mask"]
+__all__ = ["LOG_LINES", "Trace", "TraceFile"]
 
 LOG_LINES = 1000
 """Lines of ``execution_log`` that a task has at most."""
 
 _TEXT_CHARS = 300
-_SHORT = 8  # a header's value below that is a word, such as `json`, and no secret
 
 
 @attrs.define(eq=False)
@@ -85,7 +82,7 @@ class Trace:
 
         Args:
             kind: ``request``, ``response``, ``tool_call``, ``tool_result``, ``plan``, ``answer``,
-                ``error``, ``usage``.
+                ``warning``, ``error``, ``usage``.
             agent: Name of the worker; empty for the lead.
             fields: JSON data, secrets not yet masked.
         """
@@ -107,30 +104,7 @@ def _gist(kind: str, fields: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "tool", f"{fields.get('tool')} {text}"
     elif kind == "tool_result" and "error" in fields:
         yield "error", f"{fields.get('tool')}: {fields['error']}"
-    elif kind == "error":
-        yield "error", str(fields.get("message"))
+    elif kind in ("warning", "error"):
+        yield kind, str(fields.get("message"))
     elif kind in ("plan", "answer"):
         yield kind, str(fields.get("text"))
-
-
-def build_mask(roles: Iterable[Role], secrets: Mapping[str, str]) -> SecretMask:
-    """Return a mask for the operator's secrets and those that agents' blocks hold.
-
-    A secret is also found as it stands inside a JSON string, where calls of tools carry text.
-    """
-    found = {name: value for role in roles for name, value in _secrets(role) if value}
-    found |= secrets  # a name of the operator's says more than a place in the document
-    escaped = {f"{name} in JSON": json.dumps(value)[1:-1] for name, value in found.items()}
-    return SecretMask(escaped).joined(SecretMask(found))
-
-
-def _secrets(role: Role) -> Iterable[tuple[str, str]]:
-    model = role.model
-    if model is not None and model.api_key is not None:
-        yield "agent.model.api_key", model.api_key.get_secret_value()
-    headers: dict[str, SecretStr] = dict(model.headers) if model is not None else {}
-    for name, use in role.mcp.items():
-        headers |= {f"{name}.{key}": value for key, value in use.headers.items()}
-    for name, secret in headers.items():
-        if len(secret.get_secret_value()) >= _SHORT:
-            yield f"agent.headers.{name}", secret.get_secret_value()

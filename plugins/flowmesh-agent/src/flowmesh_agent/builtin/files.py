@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
+from flowmesh_agent.sandbox import FOLDER_FILES
 from flowmesh_agent.tools import Tool, ToolContext, ToolError
 
 __all__ = [
@@ -95,10 +96,16 @@ def _read_entry(folder: int, name: str, path: str) -> bytes:
 
 
 def _write(root: Path, path: str, content: bytes, limit: int) -> None:
-    """Put a whole file in the place of what was there."""
+    """Put a whole file in the place of what was there, which counts until then."""
     if len(content) > limit:
         raise ToolError(f"{path}: {len(content)} bytes are more than the {limit} of one file")
     folder, name = _file_parts(path)
+    with _open_folder(root, ()) as fd:
+        taken = sum(size for _, size in _sizes(fd, "", hidden=True))
+    if taken + len(content) > FOLDER_FILES * limit:
+        raise ToolError(
+            f"{path}: the working folder holds no more than {FOLDER_FILES * limit} bytes"
+        )
     with _open_folder(root, folder, create=True) as fd:
         draft = f".{secrets.token_hex(8)}"
         try:
@@ -110,12 +117,12 @@ def _write(root: Path, path: str, content: bytes, limit: int) -> None:
                 os.unlink(draft, dir_fd=fd)
 
 
-def _walk(folder: int, prefix: str = "") -> Iterator[tuple[str, int, str]]:
+def _walk(folder: int, prefix: str = "", *, hidden: bool = False) -> Iterator[tuple[str, int, str]]:
     """Give each file below, in order: its path, and its folder and name to open it by."""
     with os.scandir(folder) as entries:
         found = sorted(itertools.islice(entries, _ENTRIES), key=lambda entry: entry.name)
     for entry in found:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") and not hidden:
             continue
         path = f"{prefix}{entry.name}"
         if entry.is_file(follow_symlinks=False):
@@ -124,7 +131,7 @@ def _walk(folder: int, prefix: str = "") -> Iterator[tuple[str, int, str]]:
             with contextlib.suppress(OSError):  # gone, or another thing by now
                 inner = os.open(entry.name, _FOLDER, dir_fd=folder)
                 try:
-                    yield from _walk(inner, f"{path}/")
+                    yield from _walk(inner, f"{path}/", hidden=hidden)
                 finally:
                     os.close(inner)
 
@@ -267,8 +274,8 @@ class ListFilesTool(Tool[ListFilesArguments]):
         return await _do(arguments.path, work)
 
 
-def _sizes(folder: int, path: str) -> Iterator[tuple[str, int]]:
-    for name, inner, leaf in _walk(folder, f"{path}/" if path else ""):
+def _sizes(folder: int, path: str, *, hidden: bool = False) -> Iterator[tuple[str, int]]:
+    for name, inner, leaf in _walk(folder, f"{path}/" if path else "", hidden=hidden):
         with contextlib.suppress(FileNotFoundError):
             yield name, os.stat(leaf, dir_fd=inner, follow_symlinks=False).st_size
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field
 
 from flowmesh_agent.sandbox import Finished
+from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.tools import Tool, ToolContext, ToolError
 from flowmesh_core import FlowmeshError, StrictBlock
 
@@ -28,7 +29,7 @@ class ProgramOptions(StrictBlock):
     """What a document says beside the name of the tool.
 
     Attributes:
-        network: Whether programs may reach the internet, where the operator allows that.
+        network: Whether programs get the worker's network, where the operator allows that.
     """
 
     network: bool = False
@@ -37,6 +38,11 @@ class ProgramOptions(StrictBlock):
 class _ProgramTool(Tool[ArgumentsT]):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = ProgramOptions.model_validate(dict(options))
+
+    def check(self, settings: AgentSettings) -> None:
+        """Refuse a network that the operator gives no program."""
+        if self._options.network and not settings.sandbox_network:
+            raise ToolError("programs get no network here: FLOWMESH_AGENT_SANDBOX_NETWORK")
 
     async def _run(self, ctx: ToolContext, argv: Sequence[str], stdin: str = "") -> dict[str, Any]:
         try:

@@ -17,7 +17,8 @@ import httpx
 from pydantic import BaseModel, Field, SecretStr
 
 from flowmesh_agent.builtin.pages import page_text
-from flowmesh_agent.hosts import host_of, is_named, open_client
+from flowmesh_agent.hosts import HostRules, host_of, is_named, open_client
+from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.tools import Tool, ToolContext, ToolError
 from flowmesh_core import ArtifactError, StrictBlock
 
@@ -105,11 +106,15 @@ class WebSearchTool(Tool[SearchArguments]):
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = SearchOptions.model_validate(options)
 
+    def check(self, settings: AgentSettings) -> None:
+        """Refuse a worker without a key for the search."""
+        _key(settings.serper_api_key, self.name, "SERPER_API_KEY")
+
     async def call(self, ctx: ToolContext, arguments: SearchArguments) -> list[Any]:
         """Return ``title``, ``link`` and ``snippet`` of each page."""
         settings = ctx.settings
         options = self._options
-        key = _key(settings.serper_api_key, "web_search", "SERPER_API_KEY")
+        key = _key(settings.serper_api_key, self.name, "SERPER_API_KEY")
         body = {"q": arguments.query, "num": options.results}
         body |= {"gl": options.country} if options.country else {}
         body |= {"hl": options.language} if options.language else {}
@@ -161,13 +166,22 @@ class WebReadTool(Tool[ReadArguments]):
 
     async def _by_reader(self, ctx: ToolContext, url: str) -> str:
         settings = ctx.settings
-        # The reader is no way around the rules: what it is asked for tells a host something.
-        _check(url, settings.http_allow, self._options.allow)
-        key = _key(settings.jina_api_key, "web_read", "JINA_API_KEY")
-        address = f"{settings.reader_url.rstrip('/')}/{url}"
-        async with open_client([host_of(address)], timeout_s=ctx.seconds) as client:
+        # The reader is no way around the rules: what it is asked for tells a host something. The
+        # URL is sent as it was checked, and in a body, since a `..` could lead out of a path.
+        try:
+            url = str(httpx.URL(url))
+            _check(url, self._options.allow)
+            await asyncio.to_thread(HostRules(hosts=settings.http_allow).check, url)
+        except (ArtifactError, httpx.InvalidURL) as exc:
+            raise ToolError(str(exc)) from exc
+        key = _key(settings.jina_api_key, self.name, "JINA_API_KEY")
+        async with open_client([host_of(settings.reader_url)], timeout_s=ctx.seconds) as client:
             found = await _request(
-                client, "GET", address, headers={"Authorization": f"Bearer {key}"}
+                client,
+                "POST",
+                settings.reader_url,
+                body=json.dumps({"url": url}),
+                headers={"Authorization": f"Bearer {key}"},
             )
         return _successful(found, "the reader").text
 
@@ -178,12 +192,12 @@ def _key(secret: SecretStr | None, tool: str, variable: str) -> str:
     return secret.get_secret_value()
 
 
-def _check(url: str, *lists: Any) -> None:
+def _check(url: str, names: list[str] | None) -> None:
     try:
         host = host_of(url)
     except ArtifactError as exc:
         raise ToolError(str(exc)) from exc
-    if not all(names is None or is_named(host, names) for names in lists):
+    if names is not None and not is_named(host, names):
         raise ToolError(f"host {host} is not among those that this tool is allowed to open")
 
 
