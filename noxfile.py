@@ -153,8 +153,8 @@ def engine(session: nox.Session, name: str) -> None:
     """One plugin with its real engine, and what plugins do together with it."""
     install_engine(session, name)
     session.install("pytest-xdist>=3.6")
-    # vLLM's tests wait for processes to start, most of the time; the others compute.
-    parallel = ("-n", "2", "--dist", "loadfile") if name == "vllm" else ()
+    # These wait for processes to start, most of the time; the others compute.
+    parallel = ("-n", "2", "--dist", "loadfile") if name in ("agent", "vllm") else ()
     pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow", *parallel)
     pytest(session, f"tests/together/{SHARED[name]}")
 

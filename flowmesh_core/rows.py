@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
+from itertools import islice, starmap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,15 @@ class RowSource:
             )
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the raw rows of this shard, every column as the source has it; see ``__iter__``.
+        """Return the raw rows of this shard, every column as the source has it; see ``__iter__``.
 
-        An item of a list comes as ``prompt``, or ``messages``, beside its metadata.
+        An item of a list comes as ``prompt``, or ``messages``, beside its metadata. After a row
+        that cannot be read, whoever asks for the next one gets it.
         """
+        # A generator would end with its first error.
         if self.kind != "list":
-            yield from (dict(record) for _, _, record in self._located())
-            return
-        for row in self:
-            key = "prompt" if isinstance(row.prompt, str) else "messages"
-            yield {**row.metadata, key: row.prompt}
+            return map(dict, map(itemgetter(2), self._located()))
+        return map(_item_record, self)
 
     def count(self) -> int:
         """Count the rows of this shard; a file is read through for it, but not parsed."""
@@ -189,15 +189,16 @@ class RowSource:
         )
 
     def _located(self) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-        """Yield index, place for messages, and columns of each row."""
-        for index, raw in self._picked():
-            if self.kind == "jsonl":
-                where = f"{self.params['path']}, line {raw[0]}"
-                yield index, where, _parse_line(raw[1], where)
-            elif self.kind == "records":
-                yield index, f"row {index}", raw
-            else:
-                yield index, f"dataset {self.params['url']}, row {index}", raw
+        """Return index, place for messages, and columns of each row."""
+        return starmap(self._locate, self._picked())
+
+    def _locate(self, index: int, raw: Any) -> tuple[int, str, Mapping[str, Any]]:
+        if self.kind == "jsonl":
+            where = f"{self.params['path']}, line {raw[0]}"
+            return index, where, _parse_line(raw[1], where)
+        if self.kind == "records":
+            return index, f"row {index}", raw
+        return index, f"dataset {self.params['url']}, row {index}", raw
 
     def _prompt_column(self, record: Mapping[str, Any], where: str) -> str:
         wanted = self.params.get("column")
@@ -235,6 +236,11 @@ def check_prompt(value: Any, *, where: str) -> Prompt:
         return value
     got = "a list that is no chat" if isinstance(value, list) else type(value).__name__
     raise InputError(f"{where} must be text or a list of messages with role and content, got {got}")
+
+
+def _item_record(row: Row) -> dict[str, Any]:
+    key = "prompt" if isinstance(row.prompt, str) else "messages"
+    return {**row.metadata, key: row.prompt}
 
 
 def _is_message(value: Any) -> bool:

@@ -297,6 +297,15 @@ def test_bad_line_is_named_by_file_and_number(
         next(rows)
 
 
+def test_records_go_on_after_a_line_that_cannot_be_read(bench: Bench, tmp_path: Path) -> None:
+    path = _write(tmp_path / "rows.jsonl", b'{"text": "a"}\n{broken\n{"text": "b"}\n')
+    records = iter(bench.rows({"type": "jsonl", "path": str(path)}).records())
+    assert next(records) == {"text": "a"}
+    with pytest.raises(InputError, match=r"rows.jsonl, line 2 must be a JSON object"):
+        next(records)
+    assert list(records) == [{"text": "b"}]
+
+
 def test_missing_column_is_named(bench: Bench, tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "r", {"prompt": "x"})
     with pytest.raises(InputError, match=r"line 1: a row needs the column 'q' .* got prompt"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from flowmesh_rag.chunking import Chunk, Splitter
@@ -22,7 +23,8 @@ def _document(*texts: str, **fields: object) -> Document:
 
 
 def _split(document: Document, **block: object) -> list[Chunk]:
-    return Splitter(Chunking.model_validate(block)).split(document)
+    # Smaller chunks than documents may ask for, so that short texts have many.
+    return list(Splitter(Chunking.model_construct(**block)).split(document))  # type: ignore[arg-type]
 
 
 _TEXTS = st.text(st.sampled_from("ab \n\t.#-`é\N{SNOWMAN}\N{GRINNING FACE}"), max_size=300)
@@ -93,7 +95,7 @@ def test_tokens_are_counted_by_the_model() -> None:
     def count(text: str) -> int:
         return len(text.split())
 
-    block = Chunking(size=3, overlap=1, unit="tokens")
+    block = Chunking.model_construct(size=3, overlap=1, unit="tokens")
     chunks = Splitter(block, count).split(_document("a b c d e f g"))
     assert [chunk.text for chunk in chunks] == ["a b c", "c d e", "e f g"]
     with pytest.raises(InputError, match=r"spec.chunk.unit tokens needs a model on this worker"):
@@ -116,6 +118,18 @@ def test_a_long_text_is_split_in_time_and_can_be_stopped() -> None:
             raise CancelledError("enough")
 
     with pytest.raises(CancelledError, match="enough"):
-        Splitter(Chunking()).split(long[1], stop)
+        list(Splitter(Chunking()).split(long[1], stop))
     ends = [chunk.text[-4:] for chunk in _split(long[1], size=800, overlap=0)]
     assert set(ends) == {"word"}, "no word is cut where there are borders"
+
+
+@pytest.mark.parametrize("text", ["a" * 50_000, "word " * 10_000])
+def test_small_chunks_come_as_soon_as_they_are_split(text: str) -> None:
+    asked: list[float] = []
+    block = Chunking(size=16, overlap=15)
+    chunks = Splitter(block).split(_document(text), lambda: asked.append(time.monotonic()))
+    early = list(itertools.islice(chunks, 4_000))
+    assert len({chunk.start for chunk in early}) == 4_000
+    assert len(asked) > 1
+    waits = [later - sooner for sooner, later in itertools.pairwise(asked)]
+    assert max(waits) < 1

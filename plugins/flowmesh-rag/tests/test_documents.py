@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from flowmesh_rag.documents import READERS, Document, ReadOptions, read_file
 from flowmesh_rag.documents.corpus import Corpus
@@ -246,7 +248,157 @@ def test_a_page_from_the_network_is_named_without_secrets(tmp_path: Path) -> Non
         failed=lambda exc: pytest.fail(str(exc)),
     )
     ((_, document),) = corpus
-    assert document.source == "https://***@example.org/x.txt?token=***"
+    assert document.source.startswith("https://***@example.org/x.txt?token=*** (")
+    assert "abc" not in document.source
+    assert len(document.source) == len("https://***@example.org/x.txt?token=*** (0123456789ab)")
+
+
+def test_pages_that_differ_in_their_query_alone_are_different_documents(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("A")
+    urls = [f"https://example.org/x.txt{query}" for query in ("", "?page=1", "?page=2", "?page=1")]
+    corpus = Corpus(
+        files=[FileRef(path=tmp_path / "x", name="x.txt", url=url) for url in urls],
+        rows=None,
+        options=ReadOptions(),
+        failed=lambda exc: pytest.fail(str(exc)),
+    )
+    first, *pages = [document.source for _, document in corpus]
+    assert first == urls[0], "as it is written, where there is nothing to hide"
+    assert pages[0] == pages[2] != pages[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("intro", b"\xef\xbb\xbf\n<!DOCTYPE html><p>Hello &amp; you", "Hello & you"),
+        ("a.php", b'<?xml version="1.0"?>\n<html><p>Hello', "Hello"),
+        ("v1.2", b"# Not <html>", "# Not <html>"),
+        ("a.txt", b"<p>as it stands", "<p>as it stands"),
+    ],
+)
+def test_pages_whose_names_tell_nothing_are_read_as_they_begin(
+    tmp_path: Path, name: str, content: bytes, text: str
+) -> None:
+    pytest.importorskip("selectolax", reason="comes with the engine")
+    (tmp_path / name).write_bytes(content)
+    failed: list[str] = []
+
+    def read(url: str | None) -> list[str]:
+        file = FileRef(path=tmp_path / name, name=name, url=url)
+        corpus = Corpus(
+            files=[file],
+            rows=None,
+            options=ReadOptions(),
+            failed=lambda exc: failed.append(str(exc)),
+        )
+        return [document.sections[0].text for _, document in corpus]
+
+    assert read(f"https://example.org/{name}") == [text]
+    assert failed == []
+    read(None)
+    assert len(failed) == (name != "a.txt"), "a file that lies here is named by whoever asks"
+
+
+def test_a_pdf_from_the_network_needs_no_suffix(tmp_path: Path) -> None:
+    (tmp_path / "2401.00001").write_bytes(_pdf("Page."))
+    file = FileRef(path=tmp_path / "2401.00001", name="2401.00001", url="https://example.org/p")
+    corpus = Corpus(files=[file], rows=None, options=ReadOptions(), failed=lambda exc: None)
+    assert [document.sections[0].page for _, document in corpus] == [1]
+
+
+def test_a_line_that_cannot_be_read_leaves_those_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(b'{"text": "A"}\nnope\n\n[1]\n{"text": "\xff"}\n{"text": "B"}\n')
+    failed: list[str] = []
+    corpus = Corpus(
+        files=[FileRef(path=path, name="docs/b.jsonl")],
+        rows=RowSource(kind="jsonl", params={"path": str(path)}),
+        options=ReadOptions(),
+        failed=lambda exc: failed.append(str(exc)),
+    )
+    assert [document.sections[0].text for _, document in corpus] == ["A", "B", "A", "B"]
+    assert [text.partition(" must be")[0] for text in failed[:3]] == [
+        "docs/b.jsonl: row 1: line 2",
+        "docs/b.jsonl: row 2: line 4",
+        "docs/b.jsonl: row 3: line 5",
+    ]
+    assert not [text for text in failed[:3] if str(tmp_path) in text]
+    assert len(failed) == 6
+    path.unlink()
+    assert list(attrs.evolve(corpus, rows=None)) == []
+    assert failed[6] == "docs/b.jsonl: row 0: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('"x": NaN', "row 0: columns that its chunks carry must be JSON data: Out of range"),
+        ('"x": {"y": [-Infinity]}', "row 0: columns that its chunks carry must be JSON data"),
+        ('"x": "\\ud800"', "row 0: columns that its chunks carry must be JSON data: .*surrogates"),
+        ('"\\ud800": 1', "row 0: columns that its chunks carry must be JSON data"),
+        ('"x": "' + "é" * 33_000 + '"', "row 0: columns .* more than 65,536 bytes; name fewer in"),
+        ('"id": "' + "x" * 1_001 + '"', "row 0: column 'id' names the row by more than 1000"),
+    ],
+)
+def test_a_row_whose_fields_no_store_takes_is_refused(
+    read: Read, fields: str, message: str
+) -> None:
+    options = {"id_column": "id"} if fields.startswith('"id"') else {}
+    line = f'{{"text": "a", {fields}}}'
+    with pytest.raises(InputError, match=message):
+        read("a.jsonl", line, **options)
+    if not options:
+        assert read("a.jsonl", line, metadata_columns=())[0].metadata == {}
+    assert read("b.jsonl", '{"text": "' + "a" * 99_000 + '"}'), "the text itself may be long"
+
+
+def test_headings_and_titles_are_cut_and_none_holds_another(read: Read) -> None:
+    pytest.importorskip("selectolax", reason="comes with the engine")
+    page = f"<title>{'t' * 900}</title>" + "<div><h1>ab" * 2_000 + "</h1></div>" * 2_000
+    (document,) = read("a.html", page + f"<h2>{'w' * 900}</h2>")
+    assert document.title == "t" * 300
+    assert [text for _, text in document.sections[0].headings] == ["ab", "w" * 300]
+    (document,) = read("a.md", f"# {'h' * 900}\n")
+    assert (document.title, document.sections[0].headings[0][1]) == ("h" * 300, "h" * 300)
+
+
+@pytest.mark.parametrize(
+    ("line", "heading"),
+    [
+        ("## Two ##  ", "Two"),
+        ("# C#", "C#"),
+        ("# C# #", "C#"),
+        ("# \t # x\t##\t", "# x"),
+        ("# ##", None),
+        ("#  ", None),
+    ],
+)
+def test_the_closing_marks_of_a_heading_are_not_in_it(
+    read: Read, line: str, heading: str | None
+) -> None:
+    (document,) = read("a.md", f"{line}\n")
+    assert [text for _, text in document.sections[0].headings] == ([heading] if heading else [])
+
+
+def test_a_heading_with_a_long_gap_is_read_in_time(read: Read) -> None:
+    started = time.monotonic()
+    (document,) = read("a.md", f"# a{' ' * 200_000}x\n")
+    assert document.title == "a" + " " * 299
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("label", ["punycode", "idna", "utf-7", "raw_unicode_escape", "base64"])
+def test_a_page_in_an_encoding_that_no_page_has_is_utf_8(read: Read, label: str) -> None:
+    pytest.importorskip("selectolax", reason="comes with the engine")
+    page = f"<meta charset={label}><p>grün+ADw-b \\u0041"
+    assert read("a.html", page)[0].sections[0].text == "grün+ADw-b \\u0041"
+
+
+@pytest.mark.parametrize("label", ["Shift_JIS", "euc-kr", "windows-1251", "iso-8859-5", "gb18030"])
+def test_a_page_in_an_encoding_that_pages_have_is_read(read: Read, label: str) -> None:
+    pytest.importorskip("selectolax", reason="comes with the engine")
+    page = f"<meta charset={label}><p>Яблоко".encode(label)
+    assert read("a.html", page)[0].sections[0].text == "Яблоко"
 
 
 @given(

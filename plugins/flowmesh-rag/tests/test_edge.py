@@ -130,6 +130,23 @@ def test_a_collection_in_use_elsewhere_is_told(
         assert caught.value.retriable
 
 
+def test_a_cancel_is_heard_while_another_task_has_it(
+    open_again: OpenAgain, settings: RagSettings, request: pytest.FixtureRequest
+) -> None:
+    fill(open_again)
+    elsewhere = request.getfixturevalue("elsewhere")
+    assert elsewhere.stdout.readline()
+
+    def stop() -> None:
+        raise CancelledError("enough")
+
+    with (
+        open_store(PATIENT, owner="alice", settings=settings, stop=stop) as store,
+        pytest.raises(CancelledError, match="enough"),
+    ):
+        store.describe()
+
+
 def test_whoever_waits_is_let_in(
     settings: RagSettings, open_again: OpenAgain, request: pytest.FixtureRequest
 ) -> None:

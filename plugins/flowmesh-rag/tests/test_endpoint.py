@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,12 +24,26 @@ SETTINGS = RagSettings.model_validate({})
 
 @attrs.define(kw_only=True)
 class ModelServer:
-    """An endpoint on this machine; ``answer`` gets path and body and gives status and text."""
+    """An endpoint on this machine; ``answer`` gets path and body and gives status and text.
+
+    ``drip_s`` is waited before each byte of it.
+    """
 
     url: str = ""
     seen: list[tuple[str, Mapping[str, str], Any]] = attrs.field(factory=list)
-    answer: Callable[[str, Any], tuple[int, str]] = lambda _path, _body: (200, "{}")
-    location: str = ""
+    answer: Callable[[str, Any], tuple[int, str | bytes]] = lambda _path, _body: (200, "{}")
+    headers: dict[str, str] = attrs.field(factory=dict)
+    drip_s: float = 0.0
+    closing: threading.Event = attrs.field(factory=threading.Event)
+
+    def send(self, file: Any, data: bytes) -> None:
+        if not self.drip_s:
+            file.write(data)
+        for position in range(len(data) if self.drip_s else 0):
+            file.write(data[position : position + 1])
+            file.flush()
+            if self.closing.wait(self.drip_s):
+                return
 
 
 def length_vectors(path: str, body: Any) -> tuple[int, str]:
@@ -57,18 +73,20 @@ def server() -> Iterator[ModelServer]:
                 self.close_connection = True
                 return
             self.send_response(status)
-            if state.location:
-                self.send_header("location", state.location)
-            self.send_header("content-length", str(len(text.encode())))
+            for name, value in state.headers.items():
+                self.send_header(name, value)
+            data = text.encode() if isinstance(text, str) else text
+            self.send_header("content-length", str(len(data)))
             self.end_headers()
-            with contextlib.suppress(BrokenPipeError):
-                self.wfile.write(text.encode())
+            with contextlib.suppress(OSError):  # the client may have gone
+                state.send(self.wfile, data)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         state.url = f"http://127.0.0.1:{listening.server_port}/v1"
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield state
+        state.closing.set()
         listening.shutdown()
         thread.join()
 
@@ -116,7 +134,7 @@ def test_what_the_server_refuses_is_final(server: ModelServer, status: int) -> N
     assert f"answered {status}: no such model" in str(error)
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 503])
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 503])
 def test_what_may_pass_is_tried_again(server: ModelServer, status: int) -> None:
     error = failure(server, status, "busy")
     assert isinstance(error, ExecutionError)
@@ -137,7 +155,7 @@ def test_a_key_that_a_server_quotes_is_not_shown(server: ModelServer, status: in
 
 
 def test_a_redirect_is_not_followed(server: ModelServer) -> None:
-    server.location = server.url + "/elsewhere"
+    server.headers["location"] = server.url + "/elsewhere"
     error = failure(server, 307, "", api_key=KEY)
     assert isinstance(error, InputError)
     assert "answered 307, a redirect; give the final address" in str(error)
@@ -156,12 +174,56 @@ def test_an_answer_that_is_no_json_or_none_at_all_is_tried_again(server: ModelSe
 def test_a_server_that_is_slow_is_not_waited_for(server: ModelServer) -> None:
     done = threading.Event()
     server.answer = lambda _path, _body: (done.wait(20), (200, "{}"))[1]
-    block = RemoteBlock.model_validate({"endpoint": server.url})
-    endpoint = Endpoint(block, settings=SETTINGS, timeout_s=0.1)
-    with pytest.raises(ExecutionError, match=r"did not answer within 0\.1 s"):
-        endpoint.post("/chat", {})
-    endpoint.close()
+    with (
+        connected(server) as endpoint,
+        pytest.raises(ExecutionError, match=r"did not answer within 0\.1 s"),
+    ):
+        endpoint.post("/chat", {}, timeout_s=0.1)
     done.set()
+
+
+@pytest.mark.parametrize("asks", ["embedder", "reranker", "chat"])
+def test_an_answer_that_drips_is_not_waited_for(server: ModelServer, asks: str) -> None:
+    """Each byte comes in time, the last one would come after two hundred seconds."""
+    server.answer = lambda _path, _body: (200, b" " * 4000)
+    server.drip_s = 0.05
+    started_s = time.monotonic()
+
+    def ask() -> None:
+        if asks == "chat":
+            posted(server, timeout_s=0.3)
+        elif asks == "reranker":
+            with reranker(server) as ranks:
+                ranks.remaining_s = lambda: 0.3
+                ranks.score([("q", "a")], stop=stop)
+        else:
+            with embedder(server) as embeds:
+                embeds.remaining_s = lambda: 0.3
+                embeds.embed(["a"], role="query", stop=stop)
+
+    with pytest.raises(ExecutionError, match=r"did not answer within 0\.3 s") as caught:
+        ask()
+    assert caught.value.retriable
+    assert time.monotonic() - started_s < 5
+
+
+def test_an_answer_may_come_packed_but_not_without_end(server: ModelServer) -> None:
+    server.headers["content-encoding"] = "gzip"
+    server.answer = lambda _path, _body: (200, gzip.compress(b'{"said": 1}'))
+    assert posted(server) == {"said": 1}
+    assert server.seen[0][1]["accept-encoding"] == "gzip"
+    bomb = gzip.compress(b" " * (129 << 20), compresslevel=1)
+    server.answer = lambda _path, _body: (200, bomb)
+    with pytest.raises(InputError, match=r"answers with more than 128 MiB; lower batch_size"):
+        posted(server)
+    server.headers["content-encoding"] = "gzip, gzip"
+    with pytest.raises(InputError, match=r"answers in encoding 'gzip, gzip', asked for gzip"):
+        posted(server)
+
+
+def test_an_answer_that_is_nested_without_end_is_no_json(server: ModelServer) -> None:
+    error = failure(server, 200, "[" * 200_000)
+    assert "must answer with JSON" in str(error)
 
 
 def test_the_operator_decides_which_hosts_are_called(server: ModelServer) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import runpy
 import signal
+import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from flowmesh_rag.spec import RagSettings
 from flowmesh_rag.stores.base import BOOKKEEPING, Search, SearchOptions, open_store
@@ -123,7 +126,8 @@ def test_documents_are_chunked_embedded_and_written(index: Index, points: Any) -
         BOOKKEEPING: None,
     }
     marks = found[1][BOOKKEEPING]
-    assert (marks["source_id"], marks["model"], marks["chunks"]) == ("apples.md", "hashes", 6)
+    assert marks.pop("digest")
+    assert marks == {"source_id": "apples.md", "model": "hashes"}
 
 
 def test_a_second_run_embeds_and_writes_nothing(index: Index) -> None:
@@ -173,6 +177,26 @@ def test_nothing_is_pruned_when_a_document_could_not_be_read(index: Index, docs:
     assert result["failures"] == [{"source": "bees.md", "message": "is not text in UTF-8: byte 0"}]
     assert (result["documents"]["failed"], result["documents"]["unchanged"]) == (1, 2)
     assert logged[-1] == "spec.prune: nothing removed, since documents failed"
+
+
+def test_nothing_is_pruned_when_no_document_came(index: Index) -> None:
+    index()
+    logged: list[str] = []
+    result = index(
+        files=False,
+        spec={"prune": True},
+        context={"on_log": lambda _level, line: logged.append(line)},
+    )
+    assert result["chunks"]["total"] == 18
+    assert logged == ["spec.prune: nothing removed, since no document came"]
+
+
+def test_one_shard_does_not_prune_what_the_others_bring(index: Index) -> None:
+    rows = RowSource.from_prompts(["one", "two"])
+    with pytest.raises(InputError, match=r"spec\.prune would remove the documents of .* shards"):
+        index(rows=attrs.evolve(rows, shard_total=2), spec={"prune": True})
+    index(rows=attrs.evolve(rows, shard_total=2))
+    assert index(rows=rows, spec={"prune": True})["documents"]["removed"] == 0
 
 
 def test_one_unreadable_document_fails_a_strict_task_and_the_next_goes_on(
@@ -301,6 +325,23 @@ def test_a_limit_of_chunks_holds_for_the_task(index: Index, tmp_path: Path) -> N
         index(context={"settings": settings})
 
 
+def test_a_document_of_too_many_chunks_is_not_split_to_its_end(
+    index: Index, docs: Path, tmp_path: Path
+) -> None:
+    (docs / "a.txt").write_text("word " * 2_000_000)
+    values = {"FLOWMESH_RAG_DIR": tmp_path / "stores", "FLOWMESH_RAG_MAX_CHUNKS": 10}
+    started = time.monotonic()
+    with pytest.raises(InputError, match="more than 10 chunks"):
+        index(context={"settings": RagSettings.model_validate(values)})
+    assert time.monotonic() - started < 3
+
+
+def test_nobody_but_the_owner_reads_a_store_on_this_machine(index: Index, tmp_path: Path) -> None:
+    index()
+    (folder,) = (tmp_path / "stores").iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
 def test_a_task_without_any_text_makes_no_collection(index: Index, docs: Path) -> None:
     for path in docs.iterdir():
         path.write_text(" \n")
@@ -347,3 +388,24 @@ def test_the_installed_executor_indexes_with_a_real_model_in_its_own_process(
     assert failure["source"] == "broken.pdf"
     assert failure["message"].startswith("is a PDF that cannot be read: ")
     assert run.progress[-1]["fraction"] == 1.0
+
+
+def test_model_and_store_know_the_time_that_is_left_and_hear_a_cancel(
+    index: Index, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flowmesh_rag.stores.edge import EdgeStore
+    from flowmesh_rag.stores.sqlite import SqliteStore
+
+    kept = {"clock": lambda: 10.0, "deadline": 17.0, "is_cancelled": lambda: bool(flag)}
+    flag: list[bool] = []
+
+    def writing(self: Any, _points: Any) -> None:
+        flag.append(True)
+        self.context.stop()
+        raise AssertionError("the cancel was not heard")
+
+    monkeypatch.setattr({"sqlite": SqliteStore, "edge": EdgeStore}[store], "upsert", writing)
+    executor = HashIndex()
+    with pytest.raises(CancelledError, match="was cancelled"):
+        index(executor, context=kept)
+    assert executor.embedder.remaining_s() == 7.0

@@ -25,7 +25,7 @@ def test_the_entry_point_leads_to_the_declarations() -> None:
 
 @EACH
 def test_declared_paths_can_be_imported(info: ExecutorInfo) -> None:
-    for path in (info.target, info.spec, info.settings):
+    for path in filter(None, (info.target, info.spec, info.settings, info.result, info.example)):
         module, name = path.split(":")
         assert hasattr(__import__(module, fromlist=[name]), name)
 

@@ -197,6 +197,7 @@ def test_a_server_that_quotes_the_key_is_not_repeated(
         (429, ExecutionError, "answered 429"),
         (500, ExecutionError, "answered 500"),
         (503, ExecutionError, "answered 503"),
+        (507, ExecutionError, "answered 507"),
     ],
 )
 def test_only_what_may_pass_is_tried_again(
@@ -235,6 +236,33 @@ def test_nobody_at_home_may_pass(connect: Opener) -> None:
     ):
         store.describe()
     assert caught.value.retriable
+
+
+def test_points_are_sent_in_loads_of_16_mib(server: QdrantServer, filled: VectorStore) -> None:
+    server.seen.clear()
+    big = "x" * (6 << 20)
+    filled.upsert([make_point(n, [1, 0, 0], big if n < 5 else "x") for n in range(8)])
+    sizes = [len(one.body["points"]) for one in server.seen if one.method == "PUT"]
+    assert sizes == [2, 2, 4]
+
+
+def test_a_collection_that_is_made_meanwhile_is_kept(connect: Opener) -> None:
+    """The server answers with 409, which elsewhere may be tried again."""
+    with connect() as one, connect() as other:
+        assert other.describe() is None
+        one.create(FACTS)
+        other.create(FACTS)
+        assert other.describe() == FACTS
+
+
+def test_no_hit_holds_the_key(server: QdrantServer, connect: Opener) -> None:
+    with connect(api_key=KEY) as store:
+        store.create(FACTS)
+        store.upsert([make_point(1, [1, 0, 0], f"the key is {KEY}, says the server")])
+        ((hit,),) = store.search(SEARCH, DENSELY)
+    assert hit.payload is not None
+    assert hit.payload["text"] == "the key is ${env.api_key}, says the server"
+    assert KEY not in str(hit)
 
 
 def test_a_slow_server_is_given_up(server: QdrantServer, connect: Opener) -> None:

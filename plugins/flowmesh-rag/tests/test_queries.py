@@ -58,6 +58,7 @@ def test_rows_keep_their_index_in_the_whole_source() -> None:
         ([], "data has no rows"),
         (["who?", " \n"], "row 1: must not be blank"),
         ([[{"role": "user", "content": "hi"}]], "row 0: must be a text, got chat messages"),
+        (["a", "b\ud800"], r"row 1: must be Unicode text, got half a character, '\\ud800' at 1"),
     ],
 )
 def test_rows_that_are_no_texts_are_refused(prompts: Any, message: str) -> None:
@@ -73,6 +74,13 @@ def test_without_rows_there_is_nothing_to_read() -> None:
 def test_nothing_to_ask_is_refused_where_data_turned_out_to_be_none(make_context: Any) -> None:
     with pytest.raises(InputError, match="one of data, query is required"):
         read_queries(make_context(WITH_DATA))
+
+
+def test_half_a_character_in_the_query_of_the_document_is_refused(make_context: Any) -> None:
+    ctx = make_context(ASKED)
+    ctx.spec.query[1] = "\udfff"
+    with pytest.raises(InputError, match=r"spec\.query 1: must be Unicode text"):
+        read_queries(ctx)
 
 
 def members_of(make_context: Any, *asked: Sequence[str], **contexts: Any) -> list[Member]:
@@ -160,3 +168,19 @@ def test_a_member_that_has_failed_takes_no_part(make_context: Any) -> None:
     assert work.calls == [["task-0", "task-2"]]
     do_together(members[1:2], work)
     assert len(work.calls) == 1
+
+
+def test_a_fault_of_a_member_that_ends_meanwhile_is_not_its_neighbours(make_context: Any) -> None:
+    ended: list[bool] = []
+    cancelled = {"is_cancelled": lambda: bool(ended)}
+    members = members_of(make_context, ["a"], ["b"], task_0=cancelled)
+    work = Work(InputError("too long"), "task-0")
+
+    def end_and_work(going: Sequence[Member]) -> None:
+        ended.append(True)
+        work(going)
+
+    do_together(members, end_and_work)
+    assert work.calls == [["task-0", "task-1"], ["task-1"]]
+    assert isinstance(members[0].error, CancelledError)
+    assert members[1].error is None

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -260,10 +262,30 @@ def test_a_cross_encoder_sorts_more_hits_than_are_shown(
     assert result["usage"]["rerank_sec"] >= 0
 
 
-def test_a_hit_without_text_cannot_be_sorted_anew(executor: WordExecutor, make_task: Any) -> None:
+def test_a_hit_without_text_comes_last_and_is_told(
+    executor: WordExecutor, make_task: Any, settings: RagSettings
+) -> None:
+    blank = make_point(9, "lamp")
+    blank = attrs.evolve(blank, payload={**blank.payload, "text": " "})
+    with open_store(StoreBlock(**EMBEDDED), owner="", settings=settings) as store:
+        store.upsert([blank])
+    lines: list[str] = []
+    told = {"on_log": lambda _, text: lines.append(text)}
+    ctx = make_task(search={"top_k": 9}, rerank={"model": "m"}, context=told)
+    (one,) = executor.run(ctx).result["queries"]
+    *others, last = one["items"]
+    assert last["payload"]["source"] == "9.md"
+    assert "rerank_score" not in last
+    scores = [item["rerank_score"] for item in others]
+    assert scores == sorted(scores, reverse=True)
+    assert lines == ["spec.rerank.text_field: 1 of 7 hits have no text in 'text' and come last"]
+
+
+def test_hits_without_any_text_fail_their_own_task(executor: WordExecutor, make_task: Any) -> None:
     rerank = {"model": "m", "text_field": "body"}
-    with pytest.raises(InputError, match=r"rerank\.text_field: point .* has no text in 'body'"):
+    with pytest.raises(InputError, match=r"rerank\.text_field: 6 of 6 hits have no text in 'body'"):
         executor.run(make_task(rerank=rerank))
+    assert executor.short.calls == []
 
 
 def test_no_hits_are_no_error(executor: WordExecutor, make_task: Any) -> None:
@@ -325,6 +347,91 @@ def test_an_answer_that_fails_leaves_the_groups_other_tasks_alone(
     got = dict(executor.run_group(ctxs))
     assert str(got["a"].error) == "the model is gone"
     assert got["b"].result["queries"][0]["answer"]["text"] == "Said 0 [1]"
+
+
+class Patient:
+    """An inference engine that answers only when it has the child tasks of a whole group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.waiting: list[tuple[Future[Outcome], Any]] = []
+
+    def __call__(self, spec: Any) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        self.waiting.append((future, spec))
+        if len(self.waiting) == self.size:
+            for one, asked in self.waiting:
+                one.set_result(answering([])(asked).result())
+        return future
+
+
+def test_the_answers_of_a_group_are_written_at_the_same_time(
+    executor: WordExecutor, make_task: Any
+) -> None:
+    engine = Patient(3)
+    late = {"start_child": engine, "deadline": time.monotonic() + 60}
+    ctxs = [make_task(["lamp"], name, generate=GENERATE, context=late) for name in "abc"]
+    got = dict(executor.run_group(ctxs))
+    assert [outcome.error for outcome in got.values()] == [None] * 3
+
+
+def test_a_cancel_ends_one_answer_and_not_its_neighbours(
+    executor: WordExecutor, make_task: Any
+) -> None:
+    silent: Future[Outcome] = Future()
+    begun: list[Any] = []
+    stuck = {
+        "start_child": lambda spec: (begun.append(spec), silent)[1],
+        "is_cancelled": lambda: bool(begun),
+    }
+    contexts = {"a": stuck, "b": {"start_child": answering([])}}
+    ctxs = [make_task(["lamp"], n, generate=GENERATE, context=c) for n, c in contexts.items()]
+    got = dict(executor.run_group(ctxs))
+    assert isinstance(got["a"].error, CancelledError)
+    assert got["b"].ok
+    assert silent.cancelled()
+
+
+def test_the_time_of_a_failed_answer_is_not_its_neighbours(
+    executor: WordExecutor, make_task: Any
+) -> None:
+    def slow(_spec: Any) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        timer = threading.Timer(1, lambda: future.set_result(Outcome(error=InputError("no"))))
+        timer.start()
+        return future
+
+    contexts = {"a": {"start_child": slow}, "b": {"start_child": answering([])}}
+    ctxs = [make_task(["lamp"], n, generate=GENERATE, context=c) for n, c in contexts.items()]
+    order = list(executor.run_group(ctxs))
+    assert [name for name, _ in order] == ["b", "a"], "whoever has its answers goes first"
+    assert order[0][1].result["usage"]["generate_sec"] < 0.9
+    assert str(order[1][1].error) == "no"
+
+
+def test_models_and_stores_know_the_time_that_is_left_and_hear_a_cancel(
+    executor: WordExecutor, make_task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flowmesh_rag.stores.sqlite import SqliteStore
+
+    flag: list[bool] = []
+
+    def searching(self: Any, searches: Any, options: Any) -> Any:
+        flag.append(True)
+        self.context.stop()
+        raise AssertionError("the cancel was not heard")
+
+    monkeypatch.setattr(SqliteStore, "search", searching)
+    end = {"clock": lambda: 10.0, "is_cancelled": lambda: bool(flag)}
+    left: list[Any] = []
+    executor.words.on_call = lambda: left.append(executor.words.remaining_s())
+    ctxs = [
+        make_task(["lamp"], name, context={**end, "deadline": deadline})
+        for name, deadline in {"a": 12.0, "b": 17.0}.items()
+    ]
+    got = dict(executor.run_group(ctxs))
+    assert left == [7.0], "of the task that has the most"
+    assert [type(outcome.error) for outcome in got.values()] == [CancelledError] * 2
 
 
 def test_models_are_freed_once_and_loaded_anew(executor: WordExecutor, make_task: Any) -> None:

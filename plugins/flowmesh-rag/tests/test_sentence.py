@@ -65,6 +65,11 @@ def test_vectors_are_those_of_the_library_in_the_order_of_the_texts(tiny: Path) 
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
 
 
+def test_a_revision_is_part_of_what_a_model_is(tiny: Path) -> None:
+    model = SentenceEmbedder(refer(tiny, revision="v2"), SentenceOptions(), settings=SETTINGS)
+    assert model.model == "acme/tiny@v2"
+
+
 def test_prompts_stand_before_the_texts_of_their_role(tiny: Path) -> None:
     model = opened(tiny, query_prompt="the fox and ", document_prompt="")
     as_query = embed(model, ["sea"])

@@ -133,6 +133,7 @@ def test_what_a_search_cannot_be_is_refused_by_name(changes: Any, message: str) 
         ({"files": {}}, "spec.files: one of paths, urls is required"),
         ({"embedding": {"server": True, "remote_model": "m"}}, "embedding.server is for searching"),
         ({"prune": True, "mode": "add"}, "prune needs mode sync"),
+        ({"chunk": {"size": 15, "overlap": 0}}, "chunk.size must be greater than or equal to 16"),
         ({"chunk": {"size": 100, "overlap": 100}}, "overlap must be below size .100., got 100"),
         ({"chunk": {"unit": "words"}}, "spec.chunk.unit must be 'chars' or 'tokens', got 'words'"),
         ({"language": "../x"}, "spec.language"),
@@ -280,7 +281,7 @@ def test_a_number_passes_exactly_within_its_bounds(bounds: Any, value: int) -> N
             parse(RAG, changes)
 
 
-@given(st.integers(1, 3000), st.integers(0, 3000))
+@given(st.integers(16, 3000), st.integers(0, 3000))
 def test_neighbours_share_less_than_a_whole_chunk(size: int, overlap: int) -> None:
     chunk = {"size": size, "overlap": overlap}
     if overlap < size:

@@ -11,7 +11,7 @@ from flowmesh_rag.spec import RagSettings, StoreBlock
 from flowmesh_rag.stores.base import DENSE, CollectionFacts, Search, SearchOptions, open_store
 from store_suite import FACTS, POINTS, OpenAgain, StoreSuite, make_id, make_point
 
-from flowmesh_core import ExecutionError, InputError
+from flowmesh_core import CancelledError, ExecutionError, InputError
 
 np = pytest.importorskip("numpy", reason="NumPy compares the vectors")
 from flowmesh_rag.stores.sqlite import SqliteStore  # noqa: E402 - needs NumPy
@@ -72,7 +72,7 @@ def test_readers_go_on_while_one_writes(
     other_task.execute("DELETE FROM points")
     with open_again() as one, open_again() as two:
         assert one.count() == two.count() == len(POINTS)
-        with pytest.raises(ExecutionError, match=r"'docs': database is locked") as caught:
+        with pytest.raises(ExecutionError, match="'docs' is in use by another task") as caught:
             one.delete([make_id(0)])
         assert caught.value.retriable
 
@@ -111,6 +111,40 @@ def test_tasks_may_make_it_at_once(open_again: OpenAgain, settings: RagSettings)
 
     with ThreadPoolExecutor(max_workers=4) as threads:
         assert list(threads.map(make, range(4))) == [len(POINTS)] * 4
+
+
+def test_a_cancel_is_heard_while_another_task_writes(
+    open_again: OpenAgain, other_task: sqlite3.Connection, settings: RagSettings
+) -> None:
+    other_task.execute("BEGIN IMMEDIATE")
+    patient = BLOCK.model_copy(update={"timeout_s": 60.0})
+
+    def stop() -> None:
+        raise CancelledError("enough")
+
+    with (
+        open_store(patient, owner="alice", settings=settings, stop=stop) as store,
+        pytest.raises(CancelledError, match="enough"),
+    ):
+        store.upsert(POINTS)
+
+
+def test_a_task_writes_as_soon_as_another_has_written(
+    open_again: OpenAgain, other_task: sqlite3.Connection, settings: RagSettings
+) -> None:
+    other_task.execute("BEGIN IMMEDIATE")
+    looks: list[bool] = []
+
+    def end_the_other() -> None:
+        looks.append(True)
+        if len(looks) == 3:
+            other_task.execute("ROLLBACK")
+
+    patient = BLOCK.model_copy(update={"timeout_s": 60.0})
+    with open_store(patient, owner="alice", settings=settings, stop=end_the_other) as store:
+        store.delete([make_id(1)])
+        assert store.count() == len(POINTS) - 1
+    assert len(looks) == 3
 
 
 def test_half_a_batch_is_never_written(open_again: OpenAgain) -> None:

@@ -21,7 +21,7 @@ def test_the_entry_point_leads_to_the_declaration() -> None:
 
 
 def test_declared_paths_can_be_imported() -> None:
-    for path in (INFO.target, INFO.spec, INFO.settings):
+    for path in (INFO.target, INFO.spec, INFO.settings, INFO.result, INFO.example):
         module, name = path.split(":")
         assert hasattr(__import__(module, fromlist=[name]), name)
 

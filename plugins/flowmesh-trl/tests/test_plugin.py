@@ -5,7 +5,7 @@ import sys
 from importlib.metadata import entry_points, requires
 
 import pytest
-from flowmesh_trl import plugin
+from flowmesh_trl import examples, plugin
 from flowmesh_trl.spec import SPECS
 
 from flowmesh_core import Capability, ExecutorInfo
@@ -29,6 +29,12 @@ def test_the_declaration_survives_the_trip_to_another_process(info: ExecutorInfo
 def test_the_declared_spec_is_that_of_the_type(task_type: str) -> None:
     module, name = BY_TYPE[task_type].spec.split(":")
     assert getattr(__import__(module, fromlist=[name]), name) is SPECS[task_type]
+
+
+@pytest.mark.parametrize("task_type", SPECS)
+def test_the_declared_example_is_of_the_type(task_type: str) -> None:
+    assert BY_TYPE[task_type].example == f"flowmesh_trl.examples:{task_type}"
+    assert hasattr(examples, task_type)
 
 
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from flowmesh_rag.spec import Chunking
 
 __all__ = ["Chunk", "Splitter"]
 
-# The library takes time by the square of a long text, 200 s for 5 million characters.
+# The library takes time by a text's length times its chunks, 200 s for 5 million characters.
 _WINDOW = 50_000
+_WINDOW_STEPS = 200
 
 
 @attrs.frozen(kw_only=True)
@@ -55,8 +57,8 @@ class Splitter:
         self._block = block
         self._count = count_tokens if block.unit == "tokens" else None
 
-    def split(self, document: Document, stop: Callable[[], None] = lambda: None) -> list[Chunk]:
-        """Return the chunks of a document in order; blank stretches give none.
+    def split(self, document: Document, stop: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
+        """Yield the chunks of a document in order; blank stretches give none.
 
         Args:
             document: Any.
@@ -64,19 +66,29 @@ class Splitter:
         """
         wanted = self._block.format
         splitter = self._open(document.format if wanted == "auto" else wanted)
-        chunks: list[Chunk] = []
+        ordinals = itertools.count()
         for section in document.sections:
-            for start, text in _split_text(splitter, section.text, stop):
-                chunk = Chunk(
-                    ordinal=len(chunks),
+            for start, text in self._split_text(splitter, section.text, stop):
+                yield Chunk(
+                    ordinal=next(ordinals),
                     text=text,
                     start=start,
                     end=start + len(text),
                     page=section.page,
                     heading=_find_heading(section, start),
                 )
-                chunks.append(chunk)
-        return chunks
+
+    def _split_text(
+        self, splitter: Any, text: str, stop: Callable[[], None]
+    ) -> Iterator[tuple[int, str]]:
+        size, step = self._block.size, self._block.size - self._block.overlap
+        for start, end in _windows(text, min(_WINDOW, max(step * _WINDOW_STEPS, size * 4))):
+            stop()
+            found = [piece for piece in splitter.chunk_indices(text[start:end]) if piece[1].strip()]
+            for index, (offset, chunk) in enumerate(found):
+                # With an overlap, the library may give a piece and then one that begins with it.
+                if index + 1 == len(found) or found[index + 1][0] != offset:
+                    yield start + offset, chunk
 
     def _open(self, text_format: str) -> Any:
         try:
@@ -91,21 +103,11 @@ class Splitter:
         return kind.from_callback(self._count, self._block.size, overlap=self._block.overlap)
 
 
-def _split_text(splitter: Any, text: str, stop: Callable[[], None]) -> Iterator[tuple[int, str]]:
-    for start, end in _windows(text):
-        stop()
-        found = [piece for piece in splitter.chunk_indices(text[start:end]) if piece[1].strip()]
-        for index, (offset, chunk) in enumerate(found):
-            # With an overlap, the library may give a piece and then one that begins with it.
-            if index + 1 == len(found) or found[index + 1][0] != offset:
-                yield start + offset, chunk
-
-
-def _windows(text: str) -> Iterator[tuple[int, int]]:
+def _windows(text: str, length: int) -> Iterator[tuple[int, int]]:
     """Cut a long text after a blank line, a line or a word, whichever there is."""
     start = 0
-    while len(text) - start > _WINDOW:
-        half, full = start + _WINDOW // 2, start + _WINDOW
+    while len(text) - start > length:
+        half, full = start + length // 2, start + length
         found = (text.rfind(border, half, full) + len(border) for border in ("\n\n", "\n", " "))
         end = next((end for end in found if end > half), full)
         yield start, end

@@ -25,12 +25,14 @@ class Embedder(abc.ABC):
         dimensions: Size of its vectors; None until the first call of an endpoint.
         max_tokens: Where texts are cut; None when that cannot be told.
         batch_scale: Factor for batch sizes; set from ``ctx.batch_scale`` before ``embed``.
+        remaining_s: Returns what is left of the task's time, if it has an end; set likewise.
     """
 
     model: str
     dimensions: int | None
     max_tokens: int | None = None
     batch_scale: float = 1.0
+    remaining_s: Callable[[], float | None] = staticmethod(lambda: None)
 
     def embed(
         self,
@@ -82,6 +84,7 @@ class Reranker(abc.ABC):
 
     model: str
     batch_scale: float = 1.0
+    remaining_s: Callable[[], float | None] = staticmethod(lambda: None)
 
     @abc.abstractmethod
     def score(self, pairs: Sequence[tuple[str, str]], *, stop: Callable[[], None]) -> list[float]:

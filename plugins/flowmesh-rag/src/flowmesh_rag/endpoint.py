@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from flowmesh_core import (
     ExecutionError,
     FlowmeshError,
     InputError,
+    SecretMask,
     client_hooks,
 )
 from flowmesh_rag.embedder import Embedder, Reranker, Role
@@ -23,10 +26,33 @@ from flowmesh_rag.spec import RagEmbedding, RagSettings, RemoteBlock, Rerank
 if TYPE_CHECKING:  # comes with the engine
     import numpy as np
 
-__all__ = ["Endpoint", "EndpointEmbedder", "EndpointReranker"]
+__all__ = ["Endpoint", "EndpointEmbedder", "EndpointReranker", "refuse_answer"]
 
 _AGAIN = frozenset({408, 409, 425, 429})
 _SHOWN_CHARS = 500
+_MOST_BYTES = 128 * 2**20  # 2048 vectors of 3072 numbers
+# What 64 KiB of others become is not bounded.
+_ENCODINGS = frozenset({"", "identity", "gzip"})
+_LEAST_S = 0.01
+
+
+def refuse_answer(url: str, status: int, text: str, *, has_key: bool) -> FlowmeshError:
+    """Return the error for an answer without success, retriable where it may pass.
+
+    Args:
+        url: Who answered.
+        status: Of HTTP.
+        text: What was said, without a key.
+        has_key: Whether one was sent.
+    """
+    if 300 <= status < 400:
+        return InputError(f"{url} answered {status}, a redirect; give the final address")
+    said = f"{url} answered {status}: {text or 'nothing'}"
+    if status in _AGAIN or status >= 500:
+        return ExecutionError(said, retriable=True)
+    if status in (401, 403):
+        said += "; check api_key" if has_key else "; api_key is required"
+    return InputError(said)
 
 
 class Endpoint:
@@ -34,70 +60,80 @@ class Endpoint:
 
     Redirects are not followed, so that the key and the texts reach nobody but whom the document
     names. What the server says is shown without the key.
+
+    Attributes:
+        mask: For what of an answer reaches a result.
     """
 
-    def __init__(
-        self, block: RemoteBlock, *, settings: RagSettings, timeout_s: float | None = None
-    ) -> None:
+    def __init__(self, block: RemoteBlock, *, settings: RagSettings) -> None:
         """Make a client; it connects with the first request.
 
         Args:
             block: With ``endpoint``.
             settings: The operator's.
-            timeout_s: What is left of the task's time, if that is to bound a request too.
         """
         self.url = (block.endpoint or "").rstrip("/")
         self._key = block.api_key.get_secret_value() if block.api_key else ""
-        self._timeout_s = block.timeout_s if timeout_s is None else min(block.timeout_s, timeout_s)
+        self.mask = SecretMask({"api_key": self._key})
+        self._timeout_s = block.timeout_s
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=self._timeout_s,
-            **client_hooks(settings.policy),
+            headers={"Accept-Encoding": "gzip", **key}, **client_hooks(settings.policy)
         )
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
         """Return the JSON of an answer.
 
         Args:
             path: Below the base address, such as ``/embeddings``.
             body: JSON data.
+            timeout_s: What is left of the task's time, if it has an end.
 
         Raises:
-            InputError: The server refuses the request, or the operator the address.
+            InputError: The server refuses the request, the operator the address, or the answer is
+                too large.
             ExecutionError: It may do better another time; retriable.
         """
         url = self.url + path
+        limit_s = self._timeout_s if timeout_s is None else min(self._timeout_s, timeout_s)
         try:
-            answer = self._client.post(url, json=body)
+            status, content = self._exchange(url, body, max(_LEAST_S, limit_s))
         except ArtifactError as exc:  # the operator's rules
             raise InputError(str(exc)) from None
         except httpx.TimeoutException:
-            text = f"{url} did not answer within {self._timeout_s:g} s"
+            text = f"{url} did not answer within {limit_s:g} s"
             raise ExecutionError(text, retriable=True) from None
         except httpx.HTTPError as exc:
             text = f"{url} cannot be reached: {self._masked(str(exc))}"
             raise ExecutionError(text, retriable=True) from None
-        if not answer.is_success:
-            raise self._refused(url, answer.status_code, self._masked(answer.text))
+        said = content.decode(errors="replace")
+        if not 200 <= status < 300:
+            raise refuse_answer(url, status, self._masked(said), has_key=bool(self._key))
         try:
-            return answer.json()
-        except ValueError:
-            text = f"{url} must answer with JSON, got {self._masked(answer.text)!r}"
+            return json.loads(said)
+        except (ValueError, RecursionError):
+            text = f"{url} must answer with JSON, got {self._masked(said)!r}"
             raise ExecutionError(text, retriable=True) from None
 
     def close(self) -> None:
         """Give the connections back; may come twice."""
         self._client.close()
 
-    def _refused(self, url: str, status: int, text: str) -> FlowmeshError:
-        if 300 <= status < 400:
-            return InputError(f"{url} answered {status}, a redirect; give the final address")
-        said = f"{url} answered {status}: {text or 'nothing'}"
-        if status in _AGAIN or status >= 500:
-            return ExecutionError(said, retriable=True)
-        if status in (401, 403):
-            said += "; check api_key" if self._key else "; api_key is required"
-        return InputError(said)
+    def _exchange(self, url: str, body: Mapping[str, Any], limit_s: float) -> tuple[int, bytes]:
+        """Return status and content, within bounds of time and size."""
+        until, content = time.monotonic() + limit_s, bytearray()
+        with self._client.stream("POST", url, json=body, timeout=limit_s) as answer:
+            encoding = answer.headers.get("content-encoding", "").strip().lower()
+            if encoding not in _ENCODINGS:
+                raise InputError(f"{url} answers in encoding {encoding[:50]!r}, asked for gzip")
+            for part in answer.iter_bytes():
+                content += part
+                if len(content) > _MOST_BYTES:
+                    most = f"{_MOST_BYTES >> 20} MiB"
+                    raise InputError(f"{url} answers with more than {most}; lower batch_size")
+                if time.monotonic() > until:
+                    raise httpx.ReadTimeout("")
+        return answer.status_code, bytes(content)
 
     def _masked(self, text: str) -> str:
         """Shorten what comes from outside, without the key that a server may quote."""
@@ -161,7 +197,7 @@ class EndpointEmbedder(Embedder):
         }
         if self._block.dimensions is not None:
             body["dimensions"] = self._block.dimensions
-        answer = self._endpoint.post("/embeddings", body)
+        answer = self._endpoint.post("/embeddings", body, timeout_s=self.remaining_s())
         read = _read(_VECTORS, answer, "data", self._endpoint.url)
         return _in_order({one.index: one.embedding for one in read}, len(texts), self._endpoint.url)
 
@@ -190,7 +226,8 @@ class EndpointReranker(Reranker):
         if self.model:
             body["model"] = self.model
         url = self._endpoint.url
-        read = _read(_PLACES, self._endpoint.post("/rerank", body), "results", url)
+        answer = self._endpoint.post("/rerank", body, timeout_s=self.remaining_s())
+        read = _read(_PLACES, answer, "results", url)
         scores = _in_order({one.index: one.relevance_score for one in read}, len(texts), url)
         if not all(map(math.isfinite, scores)):
             raise ExecutionError(f"{url} gave NaN or infinity as a score")

@@ -56,11 +56,19 @@ class IndexExecutor(Executor):
 
     def run(self, ctx: RunContext) -> dict[str, Any]:
         """Bring the collection to what the task's documents say."""
+        rows = ctx.inputs.rows
+        if ctx.spec.prune and rows is not None and rows.shard_total > 1:
+            raise InputError("spec.prune would remove the documents of the task's other shards")
         if self._embedder is None:
             raise ExecutionError(f"task {ctx.task_id}: run came before load")
         self._embedder.batch_scale = ctx.batch_scale
+        self._embedder.remaining_s = lambda: ctx.remaining_s
         with open_store(
-            ctx.spec.target, owner=ctx.owner, settings=ctx.settings, timeout_s=ctx.remaining_s
+            ctx.spec.target,
+            owner=ctx.owner,
+            settings=ctx.settings,
+            timeout_s=ctx.remaining_s,
+            stop=ctx.check,
         ) as store:
             return self._fill(ctx, store, self._embedder)
 
@@ -181,22 +189,24 @@ class _Run:
         return False
 
     def _want(self, read: float, document: Document) -> _Wanted:
-        chunks = self._splitter.split(document, self._ctx.check)
-        self._chunks["wanted"] += len(chunks)
-        if self._chunks["wanted"] > (most := self._ctx.settings.max_chunks):
-            raise InputError(
-                f"the task's documents have more than {most:,} chunks (FLOWMESH_RAG_MAX_CHUNKS);"
-                " raise spec.chunk.size, or use several tasks"
-            )
         digests, payloads = {}, {}
-        for chunk in chunks:
+        for chunk in self._splitter.split(document, self._ctx.check):
+            self._count_chunk()
             payload = _payload(document, chunk)
             digest = digest_payload(payload, self._identity)
             point = point_id(document.source, chunk.ordinal, digest)
             marks = {"source_id": document.source, "digest": digest, "model": self._model}
             digests[point] = digest
-            payloads[point] = {**payload, BOOKKEEPING: {**marks, "chunks": len(chunks)}}
+            payloads[point] = {**payload, BOOKKEEPING: marks}
         return _Wanted(read=read, source=document.source, digests=digests, payloads=payloads)
+
+    def _count_chunk(self) -> None:
+        self._chunks["wanted"] += 1
+        if self._chunks["wanted"] > (most := self._ctx.settings.max_chunks):
+            raise InputError(
+                f"the task's documents have more than {most:,} chunks (FLOWMESH_RAG_MAX_CHUNKS);"
+                " raise spec.chunk.size, or use several tasks"
+            )
 
     def _bring(self, window: Sequence[_Wanted], done: float) -> None:
         """Bring some documents into the collection; ``done`` is the part read before them."""
@@ -217,8 +227,9 @@ class _Run:
 
     def _prune(self) -> None:
         """Delete the documents that did not come, unless one of them may only be unreadable."""
-        if self._documents["failed"]:
-            self._ctx.log("spec.prune: nothing removed, since documents failed", level="warning")
+        if self._documents["failed"] or not self._seen:
+            why = "documents failed" if self._documents["failed"] else "no document came"
+            self._ctx.log(f"spec.prune: nothing removed, since {why}", level="warning")
             return
         present = self._collection.present(None)
         gone = [source for source in present if source not in self._seen]

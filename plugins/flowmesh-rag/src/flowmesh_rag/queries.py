@@ -63,7 +63,10 @@ def read_queries(ctx: RunContext) -> list[Query]:
     if rows is None:
         if not asked:
             raise InputError("one of data, query is required")
-        return [Query(index=index, text=text) for index, text in enumerate(asked)]
+        return [
+            Query(index=index, text=_checked(text, f"spec.query {index}"))
+            for index, text in enumerate(asked)
+        ]
     if asked:
         ctx.log("spec.query is not asked: the task has data", level="warning")
     return read_rows(rows)
@@ -86,9 +89,20 @@ def read_rows(rows: Iterable[Row] | None) -> list[Query]:
 def _read_row(row: Row) -> Query:
     if not isinstance(row.prompt, str):
         raise InputError(f"row {row.index}: must be a text, got chat messages")
-    if not row.prompt.strip():
-        raise InputError(f"row {row.index}: must not be blank")
-    return Query(index=row.index, text=row.prompt, metadata=row.metadata)
+    text = _checked(row.prompt, f"row {row.index}")
+    return Query(index=row.index, text=text, metadata=row.metadata)
+
+
+def _checked(text: str, name: str) -> str:
+    """Refuse what a tokenizer or a server would refuse for all the texts of a batch."""
+    if not text.strip():
+        raise InputError(f"{name}: must not be blank")
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        found = f"{text[exc.start]!a} at {exc.start}"
+        raise InputError(f"{name}: must be Unicode text, got half a character, {found}") from None
+    return text
 
 
 def open_members(
@@ -135,10 +149,8 @@ def do_together(members: Iterable[Member], work: Callable[[Sequence[Member]], No
     try:
         work(going)
     except FlowmeshError as exc:
-        left = open_of(going)
-        if exc.retriable or len(left) < 2:
-            for member in left:
+        for member in open_of(going):
+            if exc.retriable or len(going) < 2:
                 member.error = exc
-            return
-        for member in left:
-            do_together([member], work)
+            else:  # also for one that is left alone: the fault may be of one that has ended
+                do_together([member], work)

@@ -1,19 +1,76 @@
-"""The result of a task of type ``rag``, out of what was found; pure."""
+"""The results of ``rag`` and ``rag_index``, and the former out of what was found; pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import attrs
+from pydantic import BaseModel, ConfigDict
 
 from flowmesh_rag.queries import Query
 from flowmesh_rag.spec import RagSpec
 from flowmesh_rag.stores.base import BOOKKEEPING, Hit
 
-__all__ = ["Found", "build_result", "payload_fields"]
+__all__ = ["Found", "IndexResult", "RagResult", "build_result", "payload_fields"]
 
 _CITED = ("source", "title", "page", "start", "end")
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class RagItem(_Open):
+    """A hit; ``payload`` is null when the document asked for none."""
+
+    id: int | str
+    score: float
+    payload: dict[str, Any] | None
+    rerank_score: float | None = None
+
+
+class RagAnswer(_Open):
+    """What a model wrote; ``text`` is null without a hit."""
+
+    text: str | None
+    citations: list[dict[str, Any]]
+    unknown_citations: int
+    finish_reason: str | None
+    model: str
+
+
+class RagQuery(_Open):
+    """What was found for one text, best first."""
+
+    index: int
+    query: str
+    metadata: dict[str, Any] | None = None
+    items: list[RagItem]
+    answer: RagAnswer | None = None
+
+
+class RagResult(_Open):
+    """Result of ``rag``: one entry of ``queries`` per text, in their order."""
+
+    ok: Literal[True] = True
+    store: dict[str, str]
+    embedding: dict[str, Any]
+    search: dict[str, Any]
+    queries: list[RagQuery]
+    usage: dict[str, float]
+
+
+class IndexResult(_Open):
+    """Result of ``rag_index``: how many documents and chunks came, and what became of them."""
+
+    ok: Literal[True] = True
+    store: dict[str, str]
+    embedding: dict[str, Any]
+    documents: dict[str, int]
+    chunks: dict[str, int]
+    failures: list[dict[str, str]]
+    usage: dict[str, float]
 
 
 @attrs.frozen(kw_only=True)

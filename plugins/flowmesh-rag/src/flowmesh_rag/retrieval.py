@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from flowmesh_rag.queries import (
     stop_all,
 )
 from flowmesh_rag.results import Found, build_result, payload_fields
-from flowmesh_rag.spec import Generate, RagSpec, Rerank
+from flowmesh_rag.spec import RagSpec, Rerank
 from flowmesh_rag.stores.base import (
     CollectionFacts,
     Search,
@@ -46,6 +47,9 @@ class RagExecutor(Executor):
 
     def load(self, ctx: RunContext) -> None:
         """Load the models that the task needs; what is there stays."""
+        self._open_models(ctx)
+
+    def _open_models(self, ctx: RunContext) -> None:
         spec: RagSpec = ctx.spec
         if self._embedder is None and spec.search.mode != "sparse" and not spec.embedding.server:
             self._embedder = self.open_embedder(ctx)
@@ -83,7 +87,7 @@ class RagExecutor(Executor):
             Each task's id with its outcome. A task that fails or is cancelled leaves the others
             alone.
         """
-        self.load(ctxs[0])  # the first task of this engine may have searched by words alone
+        self._open_models(ctxs[0])  # the first task of this engine may have searched by words alone
         yield from _Group(ctxs, self._embedder, self._reranker).answer()
 
 
@@ -102,8 +106,10 @@ class _Group:
         for model in (embedder, reranker):
             if model is not None:
                 model.batch_scale = min(ctx.batch_scale for ctx in ctxs)
+                model.remaining_s = self._remaining_s
         self._steps = 2 + (reranker is not None) + (self._spec.generate is not None)
         self._spent: dict[str, float] = {}
+        self._warned: set[Member] = set()
         self._vectors: dict[str, Any] = {}
         self._found: dict[str, Sequence[Found]] = {}
 
@@ -113,17 +119,21 @@ class _Group:
         except FlowmeshError as exc:  # concerns them all
             for member in open_of(self._members):
                 member.error = exc
+        going = open_of(self._members) if self._spec.generate else ()
         for member in self._members:
-            yield member.ctx.task_id, self._outcome(member)
+            if member not in going:
+                yield member.ctx.task_id, self._outcome(member)
+        for member, answers in self._generate(going):
+            yield member.ctx.task_id, self._outcome(member, answers)
 
     def _find(self) -> None:
         stop_all(self._members)
-        left = [member.ctx.remaining_s for member in open_of(self._members)]
         with open_store(
             self._spec.target,
             owner=self._ctx.owner,
             settings=self._ctx.settings,
-            timeout_s=None if None in left else max(filter(None, left), default=None),
+            timeout_s=self._remaining_s(),
+            stop=partial(stop_all, self._members),
         ) as store:
             options, facts = self._plan(store)
             if self._embedder is not None:
@@ -132,6 +142,11 @@ class _Group:
             do_together(self._members, partial(self._search, store, options))
         if self._reranker is not None:
             do_together(self._members, partial(self._rerank, self._reranker))
+
+    def _remaining_s(self) -> float | None:
+        """Return what is left to the member that has the most."""
+        left = [member.ctx.remaining_s for member in open_of(self._members)]
+        return None if None in left else max(filter(None, left), default=None)
 
     def _plan(self, store: VectorStore) -> tuple[SearchOptions, CollectionFacts]:
         """Return how to search this collection; refuse before anything is embedded."""
@@ -202,35 +217,52 @@ class _Group:
 
     def _rerank(self, model: Reranker, members: Sequence[Member]) -> None:
         """Sort the hits of each query anew, all pairs of the members as one batch."""
-        texts = _texts(members)
+        for member in members:
+            self._tell_of_blanks(member)
+        texts = _texts(open_of(members))
         pairs = [(text, self._read(one)) for text in texts for one in self._found[text]]
+        asked = [pair for pair in pairs if pair[1]]
         with self._timed("rerank_sec"):
-            scores = iter(model.score(pairs, stop=partial(stop_all, members)) if pairs else ())
+            scores = iter(model.score(asked, stop=partial(stop_all, members)) if asked else ())
         for text in texts:
-            scored = [attrs.evolve(one, rerank_score=next(scores)) for one in self._found[text]]
-            scored.sort(key=lambda one: -(one.rerank_score or 0.0))
+            scored = [
+                attrs.evolve(one, rerank_score=next(scores)) if self._read(one) else one
+                for one in self._found[text]
+            ]
+            scored.sort(key=lambda one: math.inf if one.rerank_score is None else -one.rerank_score)
             self._found[text] = scored[: self._spec.search.top_k]
-        self._progress(members, 3, f"{len(pairs)} hits read")
+        self._progress(members, 3, f"{len(asked)} hits read")
 
     def _read(self, found: Found) -> str:
+        """Return a hit's text; nothing for one that has none to be judged by."""
         field = self._spec.rerank.text_field if self._spec.rerank else ""
         text = (found.hit.payload or {}).get(field)
-        if not isinstance(text, str):
-            raise InputError(
-                f"spec.rerank.text_field: point {found.hit.id} has no text in {field!r}"
-            )
-        return text
+        return text if isinstance(text, str) and text.strip() else ""
 
-    def _outcome(self, member: Member) -> Outcome:
+    def _tell_of_blanks(self, member: Member) -> None:
+        """Warn of hits without text, which come last; without any text, the field is wrong."""
+        hits = [self._read(one) for query in member.queries for one in self._found[query.text]]
+        blank = hits.count("")
+        if not blank or member in self._warned:
+            return
+        self._warned.add(member)
+        field = self._spec.rerank.text_field if self._spec.rerank else ""
+        said = f"spec.rerank.text_field: {blank} of {len(hits)} hits have no text in {field!r}"
+        if blank == len(hits):
+            member.error = InputError(said)
+        else:
+            member.ctx.log(f"{said} and come last", level="warning")
+
+    def _outcome(
+        self,
+        member: Member,
+        answers: Sequence[generation.Answer] | FlowmeshError | None = None,
+    ) -> Outcome:
+        if isinstance(answers, FlowmeshError):
+            return Outcome(error=answers)
         if member.is_stopped():
             return Outcome(error=member.error)
         found = [self._found[query.text] for query in member.queries]
-        answers: list[generation.Answer] | None = None
-        if self._spec.generate is not None:
-            try:
-                answers = self._generate(self._spec.generate, member, found)
-            except FlowmeshError as exc:
-                return Outcome(error=exc)
         result = build_result(
             self._spec,
             member.queries,
@@ -243,12 +275,23 @@ class _Group:
         return Outcome(result=result)
 
     def _generate(
-        self, block: Generate, member: Member, found: Sequence[Sequence[Found]]
-    ) -> list[generation.Answer]:
-        texts = [query.text for query in member.queries]
-        hits = [[one.hit for one in each] for each in found]
-        with self._timed("generate_sec"):
-            return generation.answer(member.ctx, block, texts, hits)
+        self, members: Sequence[Member]
+    ) -> Iterator[tuple[Member, list[generation.Answer] | FlowmeshError]]:
+        """Have all members' answers written at once."""
+        if self._spec.generate is None or not members:
+            return
+        asked = {
+            member: generation.Asked(
+                ctx=member.ctx,
+                queries=[query.text for query in member.queries],
+                hits=[[one.hit for one in self._found[query.text]] for query in member.queries],
+            )
+            for member in members
+        }
+        started_s = self._ctx.clock()
+        for said in generation.answer_all(self._spec.generate, self._ctx.settings, asked):
+            self._spent["generate_sec"] = self._ctx.clock() - started_s
+            yield said
 
     def _model_name(self) -> str:
         if self._embedder is not None:
@@ -259,7 +302,6 @@ class _Group:
     def _usage(self, answers: Sequence[generation.Answer] | None) -> dict[str, Any]:
         """Return what the task waited for; a group's tasks wait for each other's queries too."""
         usage = {"latency_sec": self._ctx.clock() - self._started_s, **self._spent}
-        self._spent.pop("generate_sec", None)  # that is each task's own
         if answers is None:
             return usage
         prompt = sum(answer.prompt_tokens for answer in answers)

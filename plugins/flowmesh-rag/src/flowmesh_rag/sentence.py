@@ -49,7 +49,7 @@ class SentenceEmbedder(Embedder):
             InputError: It cannot be read, or is not what ``options`` take it for.
             ExecutorUnavailableError: It needs a package that is not installed.
         """
-        self.model = model.identifier
+        self.model = model.identifier + (f"@{model.revision}" if model.revision else "")
         self._options = options
         with _readable(model):
             self._engine: Any = SentenceTransformer(

@@ -371,7 +371,7 @@ class Chunking(StrictBlock):
         format: ``markdown`` keeps headings with their text; ``auto`` goes by the document.
     """
 
-    size: int = Field(default=800, ge=1, le=1_000_000)
+    size: int = Field(default=800, ge=16, le=1_000_000)
     overlap: int = Field(default=100, ge=0)
     unit: Literal["chars", "tokens"] = "chars"
     format: Literal["auto", "text", "markdown"] = "auto"

@@ -33,6 +33,8 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         capabilities={Capability.CPU, Capability.GPU, Capability.SHRINK, Capability.GROUP},
         places=["process"],  # a GPU's number counts those that the process sees
         spec="flowmesh_transformers.spec:TransformersSpec",
+        result="flowmesh_transformers.spec:TransformersResult",
+        example="flowmesh_transformers.examples:inference",
         settings="flowmesh_transformers.spec:TransformersSettings",
         inputs={"rows", "model", "adapters", "checkpoint"},
         engine_key=ENGINE_KEY,

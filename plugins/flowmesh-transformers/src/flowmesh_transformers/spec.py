@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    RootModel,
+    field_validator,
+    model_validator,
+)
 
-from flowmesh_core import EmbeddingSpec, InferenceSpec, Model, StrictBlock, refuse_fields
+from flowmesh_core import (
+    EmbeddingResult,
+    EmbeddingSpec,
+    InferenceResult,
+    InferenceSpec,
+    Model,
+    StrictBlock,
+    refuse_fields,
+)
 
 __all__ = [
     "Pooling",
     "TransformersModel",
     "TransformersOptions",
+    "TransformersResult",
     "TransformersSettings",
     "TransformersSpec",
 ]
@@ -107,6 +123,10 @@ class TransformersSpec(InferenceSpec, EmbeddingSpec):
     def _refuse_what_cannot_be(self) -> TransformersSpec:
         refuse_fields(self.inference, ["logprobs", "response_format"], engine="transformers")
         return self
+
+
+class TransformersResult(RootModel[InferenceResult | EmbeddingResult]):
+    """Result of ``inference`` or of ``embedding``."""
 
 
 class TransformersSettings(BaseModel):

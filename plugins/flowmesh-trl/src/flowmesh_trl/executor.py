@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from flowmesh_core import Artifact, Executor, InputError, Inputs, Outcome, RunContext
+from flowmesh_core import (
+    Artifact,
+    ContractError,
+    Executor,
+    InputError,
+    Inputs,
+    Outcome,
+    RunContext,
+)
 from flowmesh_trl.job import Link, TrainingJob
 from flowmesh_trl.launch import launch
 from flowmesh_trl.plan import auto_deepspeed, plan_processes
@@ -27,6 +36,15 @@ _FILES = ("resume_from_path", "deepspeed", "fsdp_config", "accelerate_config")
 
 class TrlExecutor(Executor):
     """Serves every task type of TRL; keeps the libraries loaded from task to task, no model."""
+
+    def load(self, ctx: RunContext) -> None:
+        """Import what trains in this process: that changes the warnings of all its tasks."""
+        devices, training = ctx.devices, ctx.spec.training.model_dump()
+        with contextlib.suppress(ContractError):  # the task's own fault, which ``run`` tells
+            if plan_processes(training, devices, use_cpu=not devices).in_process:
+                from flowmesh_trl.training import import_trainer
+
+                import_trainer(ctx.task_type)
 
     def run(self, ctx: RunContext) -> Outcome:
         """Train, from the latest whole checkpoint if an earlier attempt left one.

@@ -45,6 +45,8 @@ def _declare(task_type: str) -> ExecutorInfo:
         capabilities={Capability.CPU, Capability.GPU, Capability.SHRINK},
         places=["process"],  # ranks are ended with it, and so is what a training leaves in memory
         spec=f"flowmesh_trl.spec:{_SPECS[task_type]}",
+        result="flowmesh_trl.results:TrainingResult",
+        example=f"flowmesh_trl.examples:{task_type}",
         inputs={"rows", "eval_rows", "model", "checkpoint"},
         models=["reward_model"] if task_type in _REWARDED else [],
         model_formats={"hf", "gguf"},

@@ -35,9 +35,14 @@ from flowmesh_trl.resume import latest_whole
 from flowmesh_trl.saving import mean_loss, save_final, trained_model, write_card, write_metrics
 from flowmesh_trl.spec import SPECS
 
-__all__ = ["train"]
+__all__ = ["import_trainer", "train"]
 
 _MODULES = {"lora_sft": "sft"}
+
+
+def import_trainer(task_type: str) -> Any:
+    """Return the module that builds a task type's trainer; TRL imports each on first use."""
+    return importlib.import_module(f"flowmesh_trl.{_MODULES.get(task_type, task_type)}")
 
 
 def train(job: TrainingJob, link: Link) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def _run(job: TrainingJob, spec: Any, link: Link) -> dict[str, Any]:
 
 
 def _build_trainer(job: TrainingJob, parts: Parts) -> Any:
-    module = importlib.import_module(f"flowmesh_trl.{_MODULES.get(job.task_type, job.task_type)}")
+    module = import_trainer(job.task_type)
     with _refusals(job):
         trainer = module.build_trainer(job, parts)
     trainer.remove_callback(PrinterCallback)  # the log gets our own lines

@@ -26,6 +26,7 @@ from flowmesh_core import (
     available_memory_bytes,
 )
 from flowmesh_vllm.loading import build_config, can_sleep, size_of_weights
+from flowmesh_vllm.sockets import own_sockets, use_sockets
 
 __all__ = ["Prompt", "VllmEngine"]
 
@@ -78,9 +79,11 @@ class VllmEngine:
             **arguments,
         }
         what = f"vLLM cannot load {given['model']} with these model.vllm options"
+        self._sockets = own_sockets()
         try:
             config = build_config(given)
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+            with use_sockets(self._sockets.name):
+                self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except RuntimeError as exc:  # its processes tell their reason in the log alone
             raise ExecutionError(
                 f"{what}: {_one_line(exc)}; the task's log has the reason", retriable=True
@@ -225,6 +228,7 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine and its processes; may come twice."""
         self._llm.shutdown()
+        self._sockets.cleanup()
 
     async def _while_it_lives(self, call: Coroutine[Any, Any, Any]) -> None:
         """Wait for a call that vLLM would not answer if its engine died meanwhile."""

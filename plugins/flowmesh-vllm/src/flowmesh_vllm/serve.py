@@ -34,6 +34,7 @@ from flowmesh_vllm.lora import check_adapter, prepare
 from flowmesh_vllm.merging import merged
 from flowmesh_vllm.room import find_room
 from flowmesh_vllm.server import Server
+from flowmesh_vllm.sockets import SOCKETS, own_sockets
 from flowmesh_vllm.spec import VllmServeSettings
 from flowmesh_vllm.weights import Weights, find_config, find_runtime_adapter, find_weights
 
@@ -55,9 +56,12 @@ class VllmServer(Executor):
         address = find_address(serve.host, serve.port)
         with contextlib.ExitStack() as stack:
             port = stack.enter_context(hold_port(address, serve.port))
+            sockets = stack.enter_context(own_sockets())
             # What was merged may go once the server has read it.
+            sockets = stack.enter_context(own_sockets())
             with merged(weights, ctx.folder, trust_remote_code=trusts) as whole:
-                server = stack.enter_context(self.start_server(ctx, whole, address, port))
+                starting = self.start_server(ctx, whole, address, port, sockets)
+                server = stack.enter_context(starting)
                 wait_until_answering(ctx, server.ask)
             result = serve_result(ctx, port, model=adapter.name if adapter else None)
             ctx.log(f"serving {result['model']} at {result['endpoint']}")
@@ -67,7 +71,9 @@ class VllmServer(Executor):
                 time.sleep(_POLL_S)
         return result
 
-    def start_server(self, ctx: RunContext, weights: Weights, address: str, port: int) -> Server:
+    def start_server(
+        self, ctx: RunContext, weights: Weights, address: str, port: int, sockets: str
+    ) -> Server:
         """Start the server; a test may put its own in this place."""
         options, settings, key = ctx.spec.model.vllm, _settings(ctx), ctx.spec.serve.api_key
         adapters = _adapters(ctx)
@@ -90,7 +96,9 @@ class VllmServer(Executor):
             guarded=key is not None,
         )
         own = os.environ  # noqa: TID251 - only read, to be handed on
-        environment = build_environment(own, api_key=secret)
+        # It leaves more than sockets among temporary files.
+        places = {SOCKETS: sockets, "TMPDIR": sockets}
+        environment = {**build_environment(own, api_key=secret), **places}
         return Server(command, environment, address=address, port=port, api_key=secret)
 
 

@@ -6,11 +6,13 @@ import json
 import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
 
 from flowmesh_core import (
     CommaSeparated,
+    EmbeddingResult,
     EmbeddingSpec,
+    InferenceResult,
     InferenceSpec,
     Model,
     ServeSettings,
@@ -21,6 +23,7 @@ from flowmesh_vllm.arguments import refuse_unsafe
 __all__ = [
     "VllmModel",
     "VllmOptions",
+    "VllmResult",
     "VllmServeSettings",
     "VllmServeSpec",
     "VllmSettings",
@@ -121,6 +124,10 @@ class VllmSpec(InferenceSpec, EmbeddingSpec):
     """Spec of ``inference`` and of ``embedding``, which reads ``normalize`` and no sampling."""
 
     model: VllmModel = Field(default_factory=VllmModel)
+
+
+class VllmResult(RootModel[InferenceResult | EmbeddingResult]):
+    """Result of ``inference`` or of ``embedding``."""
 
 
 class VllmServeSpec(ServeSpec):

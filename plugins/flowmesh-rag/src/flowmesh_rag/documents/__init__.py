@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "ReadOptions",
     "Reader",
     "Section",
+    "guess_name",
     "read_file",
     "read_rows",
 ]
@@ -31,6 +33,13 @@ READERS: dict[str, Reader] = {
     ".pdf": read_pdf,
 }
 """Readers by suffix, in lower case."""
+
+# Source: WHATWG MIME Sniffing Standard, section 7.1.
+_HTML = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!--|(?:!doctype\s+html|html|head|body|title"
+    rb"|meta|script|style|iframe|h1|div|font|table|a|b|br|p)[\s>])",
+    re.IGNORECASE,
+)
 
 
 def read_file(path: Path, name: str, source: str, options: ReadOptions) -> Iterator[Document]:
@@ -49,6 +58,17 @@ def read_file(path: Path, name: str, source: str, options: ReadOptions) -> Itera
         yield from _find_reader(name)(path, source, options)
     except InputError as exc:
         raise InputError(f"{source}: {exc}") from exc
+
+
+def guess_name(path: Path, name: str) -> str:
+    """Return a page's name; where no reader knows its suffix, with one that says how it begins."""
+    if Path(name).suffix.lower() in READERS or not path.is_file():
+        return name
+    with path.open("rb") as file:
+        begins = file.read(1024)
+    if begins.startswith(b"%PDF-"):
+        return f"{name}.pdf"
+    return f"{name}.html" if _HTML.match(begins) else f"{name}.txt"
 
 
 def _find_reader(name: str) -> Reader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ __all__ = [
 
 TextFormat = Literal["text", "markdown"]
 
+_NAME_CHARS = 300  # of a title or a heading, which every chunk below it carries
 # What marks the beginning of text in another encoding than UTF-8.
 _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 
@@ -31,6 +32,14 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", 
 def _clean(text: str) -> str:
     """Put a mark for what no store or splitter takes, so that offsets stay true."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
+def _shorten(name: str) -> str:
+    return _clean(name)[:_NAME_CHARS]
+
+
+def _shorten_all(headings: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+    return tuple((start, _shorten(text)) for start, text in headings)
 
 
 def _fail(problem: InputError) -> None:
@@ -44,12 +53,12 @@ class Section:
     Attributes:
         text: Offsets of chunks count its characters.
         page: Its number from 1, where there are pages.
-        headings: Offset and text of each heading, in order.
+        headings: Offset and beginning of each heading, in order.
     """
 
     text: str = attrs.field(converter=_clean)
     page: int | None = None
-    headings: tuple[tuple[int, str], ...] = ()
+    headings: tuple[tuple[int, str], ...] = attrs.field(default=(), converter=_shorten_all)
 
 
 @attrs.frozen(kw_only=True)
@@ -67,7 +76,7 @@ class Document:
 
     source: str = attrs.field(converter=_clean)
     sections: tuple[Section, ...]
-    title: str = attrs.field(default="", converter=_clean)
+    title: str = attrs.field(default="", converter=_shorten)
     format: TextFormat = "text"
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     named_by_content: bool = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
 
 from flowmesh_core import FileRef, InputError, NetworkPolicy, RowSource
-from flowmesh_rag.documents import Document, ReadOptions, read_file, read_rows
+from flowmesh_rag.documents import Document, ReadOptions, guess_name, read_file, read_rows
 
 __all__ = ["Corpus"]
 
@@ -43,11 +44,12 @@ class Corpus:
                 yield min(number / total, 1.0), document
 
     def _read(self, file: FileRef) -> Iterator[Document]:
-        # The values of a URL's query may be secrets.
-        source = file.name if file.url is None else NetworkPolicy().mask_url(file.url)
+        source, name = file.name, file.name
+        if file.url is not None:
+            source, name = _name_page(file.url), guess_name(file.path, name)
         options = attrs.evolve(self.options, failed=lambda exc: self._fail(source, exc))
         try:
-            yield from read_file(file.path, file.name, source, options)
+            yield from read_file(file.path, name, source, options)
         except InputError as exc:
             self.failed(exc)
 
@@ -61,6 +63,14 @@ class Corpus:
             yield from read_rows(rows.records(), "", options)
         except InputError as exc:
             self.failed(exc)
+
+
+def _name_page(url: str) -> str:
+    """Return a URL without what may be secrets, that is still not another one's."""
+    shown = NetworkPolicy().mask_url(url)
+    if "?" not in shown:
+        return shown
+    return f"{shown} ({hashlib.sha256(url.encode()).hexdigest()[:12]})"
 
 
 def _count_rows(file: FileRef) -> int:

@@ -32,6 +32,15 @@ _PARAGRAPHS = _HEADINGS | frozenset(
 _LINES = frozenset({"br", "caption", "dd", "dt", "figcaption", "li", "option", "summary", "tr"})
 _CELLS = frozenset({"td", "th"})
 _CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+# Of Python's names, those that pages have; a byte that says so in ASCII is not UTF-16.
+# Source: WHATWG Encoding Standard, section 4.2.
+_ENCODINGS = frozenset(
+    {"ascii", "big5", "big5hkscs", "cp866", "cp874", "cp932", "cp949", "euc_jp", "euc_kr"}
+    | {"gb18030", "gb2312", "gbk", "iso2022_jp", "koi8-r", "koi8-u", "mac-cyrillic", "mac-roman"}
+    | {"shift_jis", "tis-620", "utf-8"}
+    | {f"cp{number}" for number in range(1250, 1259)}
+    | {f"iso8859-{number}" for number in range(1, 17)}
+)
 _BREAKS = ("", " ", "\t", "\n", "\n\n")  # a stronger one takes the place of those before it
 _BLANK = re.compile(r"[ \t\n\r\f]+")
 
@@ -57,12 +66,16 @@ def _decode(content: bytes) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     found = _CHARSET.search(content, 0, 1024)
-    try:
-        # A byte that says so in ASCII is not UTF-16; and some codecs of Python give no text.
-        text = content.decode(found[1].decode() if found else "utf-8", "replace")
-    except (LookupError, UnicodeError):
-        text = content.decode("utf-8", "replace")
+    text = content.decode(_known_encoding(found[1]) if found else "utf-8", "replace")
     return text.removeprefix(codecs.BOM_UTF8.decode())
+
+
+def _known_encoding(label: bytes) -> str:
+    try:
+        name = codecs.lookup(label.decode()).name
+    except (LookupError, UnicodeError):
+        return "utf-8"
+    return name if name in _ENCODINGS else "utf-8"
 
 
 class _PageText:
@@ -73,6 +86,7 @@ class _PageText:
         self._parts: list[str] = []
         self._length = 0
         self._break = ""
+        self._last_heading = -1
 
     def joined(self) -> str:
         return "".join(self._parts)
@@ -95,7 +109,8 @@ class _PageText:
                 waiting += [(child, inner, None) for child in reversed(children)]
 
     def _end(self, tag: str, part: int, start: int) -> None:
-        if tag in _HEADINGS:
+        if tag in _HEADINGS and part > self._last_heading:  # not around another one
+            self._last_heading = part
             written = "".join(self._parts[part:])
             if heading := written.strip():
                 self.headings.append((start + written.index(heading), heading))

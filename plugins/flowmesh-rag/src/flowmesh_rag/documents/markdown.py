@@ -13,7 +13,7 @@ __all__ = ["read_markdown"]
 # A fence of code or a heading; what stands within a fence is no heading.
 # Source: CommonMark 0.31.2, sections 4.2 and 4.5.
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
-_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*")
+_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*)")
 
 
 def read_markdown(path: Path, source: str, options: ReadOptions) -> Iterator[Document]:
@@ -38,6 +38,13 @@ def _find_headings(text: str) -> Iterator[tuple[int, str]]:
                 fence = mark
             elif mark.startswith(fence) and not rest.strip():
                 fence = ""
-        elif not fence and (heading := _HEADING.fullmatch(bare)) and heading[1]:
-            yield offset, heading[1]
+        elif not fence and (started := _HEADING.match(bare)) and (heading := _unclose(started[1])):
+            yield offset, heading
         offset += len(line)
+
+
+def _unclose(heading: str) -> str:
+    """Drop the marks that may close a heading, if a blank stands before them."""
+    text = heading.rstrip(" \t")
+    bare = text.rstrip("#")
+    return bare.rstrip(" \t") if not bare or bare[-1] in " \t" else text

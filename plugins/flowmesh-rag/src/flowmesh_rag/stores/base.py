@@ -1,9 +1,10 @@
 """What a store of vectors is: the interface, the objects it takes and gives, how one is opened.
 
 Scores mean the same in every store, higher being better: ``dense`` gives the cosine, from -1 to
-1; ``sparse`` the BM25 score; ``hybrid`` the sum of ``1 / (rrf_k + place)`` over both lists,
-places counted from 0, or with ``dbsf`` of both scores, each scaled to its list's mean and three
-deviations around it. Only a collection that was made elsewhere with another distance keeps that.
+1; ``hybrid`` the sum of ``1 / (rrf_k + place)`` over both lists, places counted from 0, or with
+``dbsf`` of both scores, each scaled to its list's mean and three deviations around it. Only those
+of ``sparse`` mean something within one store alone: each has its own words and constants of BM25.
+A collection that was made elsewhere with another distance keeps that.
 Vectors come from ``Embedder.embed``, which alone refuses NaN and infinity; a collection's facts
 refuse those of another size. A third party subclasses ``VectorStore`` and names it in the
 entry-point group ``flowmesh.rag.stores``.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import abc
 import enum
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +44,7 @@ __all__ = [
 
 GROUP = "flowmesh.rag.stores"
 BOOKKEEPING = "_flowmesh"
-"""Key of a payload under which the index keeps ``source_id``, ``digest``, ``model``, ``chunks``."""
+"""Key of a payload under which the index keeps ``source_id``, ``digest``, ``model``."""
 DENSE, SPARSE = "dense", "bm25"
 """Names of the vectors in collections that ``rag_index`` makes."""
 
@@ -213,11 +215,13 @@ class StoreContext:
             the folder when it creates one.
         policy: The operator's rules for the network.
         timeout_s: Of one request, or of waiting for a lock.
+        stop: To be called several times a second while waiting; raises when the task must stop.
     """
 
     folder: Path
     policy: NetworkPolicy
     timeout_s: float
+    stop: Callable[[], None] = lambda: None
 
 
 class VectorStore(abc.ABC):
@@ -306,7 +310,12 @@ class VectorStore(abc.ABC):
 
 
 def open_store(
-    block: StoreBlock, *, owner: str, settings: RagSettings, timeout_s: float | None = None
+    block: StoreBlock,
+    *,
+    owner: str,
+    settings: RagSettings,
+    timeout_s: float | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> VectorStore:
     """Open the store that a document names; whoever called closes it.
 
@@ -315,18 +324,21 @@ def open_store(
         owner: ``ctx.owner``: embedded stores of one owner tell another's tasks nothing.
         settings: The operator's.
         timeout_s: What is left of the task's time, if it has an end.
+        stop: As ``StoreContext`` has it, such as ``ctx.check``.
 
     Raises:
         InputError: No such store is installed, or it cannot be imported.
     """
     try:
-        store = load_driver(GROUP, block.type)
+        with warnings.catch_warnings():  # libraries leave filters of their own behind
+            store = load_driver(GROUP, block.type)
     except PluginError as exc:
         raise InputError(f"spec.store.type {block.type!r}: {exc}") from exc
     context = StoreContext(
         folder=settings.folder / hashlib.sha256(owner.encode()).hexdigest()[:16],
         policy=settings.policy,
         timeout_s=block.timeout_s if timeout_s is None else min(block.timeout_s, timeout_s),
+        stop=stop,
     )
     opened: VectorStore = store(block, context)
     return opened

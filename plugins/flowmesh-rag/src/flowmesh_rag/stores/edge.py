@@ -81,7 +81,8 @@ class EdgeStore(VectorStore):
     def create(self, facts: CollectionFacts) -> None:
         """Make the collection beside its place, and put it there when it is whole."""
         open_bm25(facts.language)
-        self._parent.mkdir(parents=True, exist_ok=True)
+        self.context.folder.mkdir(0o700, parents=True, exist_ok=True)
+        self._parent.mkdir(exist_ok=True)
         self._hold()
         if self._folder.is_dir():
             return
@@ -162,7 +163,7 @@ class EdgeStore(VectorStore):
 
     def _hold(self) -> FolderLock:
         if self._lock is None:
-            self._lock = FolderLock(self._parent / "edge.lock", self.context.timeout_s)
+            self._lock = FolderLock(self._parent / "edge.lock", self.context)
         return self._lock
 
     def _open(self) -> tuple[Any, CollectionFacts]:

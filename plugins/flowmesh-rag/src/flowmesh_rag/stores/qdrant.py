@@ -10,7 +10,7 @@ import functools
 import ipaddress
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,7 +20,8 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from flowmesh_core import ExecutionError, FlowmeshError, InputError, client_hooks
+from flowmesh_core import ExecutionError, FlowmeshError, InputError, SecretMask, client_hooks
+from flowmesh_rag.endpoint import refuse_answer
 from flowmesh_rag.spec import StoreBlock
 from flowmesh_rag.stores.base import (
     BOOKKEEPING,
@@ -43,10 +44,10 @@ __all__ = ["QdrantStore"]
 logger = logging.getLogger(__name__)
 
 _SOURCE = f"{BOOKKEEPING}.source_id"
-_WRITE_POINTS = 256  # a server takes 32 MiB at once
+_WRITE_POINTS = 256
 _READ_POINTS = 1000
+_WRITE_BYTES = 16 * 2**20  # a server takes 32 MiB at once
 _NOT_FOUND = 404
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class QdrantStore(VectorStore):
@@ -57,6 +58,7 @@ class QdrantStore(VectorStore):
     def __init__(self, block: StoreBlock, context: StoreContext) -> None:
         super().__init__(block, context)
         self._key = block.api_key.get_secret_value() if block.api_key else None
+        self._mask = SecretMask({"api_key": self._key or ""})
         self._client = _connect(block.url or "", self._key, context)
         self._facts: CollectionFacts | None = None
 
@@ -74,7 +76,7 @@ class QdrantStore(VectorStore):
             return None
         params = found.config.params
         named = params.vectors if isinstance(params.vectors, dict) else {"": params.vectors}
-        ours = (found.config.metadata or {}).get("flowmesh") or {}
+        ours = self._mask.value((found.config.metadata or {}).get("flowmesh") or {})
         self._facts = CollectionFacts(
             vectors={name: vector.size for name, vector in named.items() if vector},
             sparse=tuple(params.sparse_vectors or ()),
@@ -98,7 +100,7 @@ class QdrantStore(VectorStore):
                     sparse_vectors_config=dict.fromkeys(facts.sparse, counted) or None,
                     metadata={"flowmesh": ours},
                 )
-        except InputError:
+        except FlowmeshError:
             if self.describe() is None:  # otherwise somebody was faster
                 raise
         with self._told():
@@ -115,17 +117,16 @@ class QdrantStore(VectorStore):
             return [[] for _ in searches]
         with self._told():
             answers = iter(self._client.query_batch_points(self.block.collection, asked))
-        return [_read_hits(next(answers).points) if request else [] for request in requests]
+        return [self._read_hits(next(answers).points) if request else [] for request in requests]
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Write points and wait until the server has them."""
         facts = self._known()
         dense = DENSE if DENSE in facts.vectors else facts.choose_vector(None)
         bm25 = open_bm25(facts.language) if SPARSE in facts.sparse else None
-        for batch in _batches(points, _WRITE_POINTS):
-            structs = [_write_point(point, dense, bm25) for point in batch]
+        for batch in _loads(_write_point(point, dense, bm25) for point in points):
             with self._told():
-                self._client.upsert(self.block.collection, structs, wait=True)
+                self._client.upsert(self.block.collection, batch, wait=True)
 
     def digests(self, sources: Sequence[str] | None) -> Mapping[str, Mapping[str, str]]:
         """Read the bookkeeping page by page."""
@@ -210,19 +211,9 @@ class QdrantStore(VectorStore):
             raise self._unreachable(exc) from None
 
     def _refused(self, status: int, text: str) -> FlowmeshError:
-        said = f"{self.block.url} answered {status}: {text}"
-        if status in _AGAIN:
-            return ExecutionError(said, retriable=True)
         if status == _NOT_FOUND:
             return _NoCollectionError(f"{self._no_collection()} ({text})")
-        if status in (401, 403):
-            hint = "; check api_key" if self._key else "; api_key is required"
-            return InputError(said + hint)
-        if status // 100 == 3:
-            return InputError(
-                f"{self.block.url} answered {status}, a redirect; give the final address as url"
-            )
-        return InputError(said)
+        return refuse_answer(self.block.url or "", status, text, has_key=bool(self._key))
 
     def _unreachable(self, cause: BaseException) -> FlowmeshError:
         if isinstance(cause, FlowmeshError):  # the operator's rules forbid it
@@ -234,6 +225,11 @@ class QdrantStore(VectorStore):
         else:
             text = f"cannot be reached: {self._masked(str(cause))}"
         return ExecutionError(f"{self.block.url} {text}", retriable=True)
+
+    def _read_hits(self, points: Sequence[Any]) -> list[Hit]:
+        """Return hits, without the key that a payload may hold."""
+        clean = self._mask.value
+        return [Hit(id=clean(p.id), score=p.score, payload=clean(p.payload)) for p in points]
 
     def _server_text(self, error: Any) -> str:
         """Return what the server says, without its JSON."""
@@ -333,8 +329,19 @@ def _written(sources: Sequence[str] | None) -> Any:
     return models.Filter(must=[models.FieldCondition(key=_SOURCE, match=match)])
 
 
-def _read_hits(points: Sequence[Any]) -> list[Hit]:
-    return [Hit(id=point.id, score=point.score, payload=point.payload) for point in points]
+def _loads(structs: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield as many points at once as a server takes, by their number and their size."""
+    load: list[Any] = []
+    left = _WRITE_BYTES
+    for struct in structs:
+        size = len(struct.model_dump_json().encode())
+        if load and (size > left or len(load) == _WRITE_POINTS):
+            yield load
+            load, left = [], _WRITE_BYTES
+        load.append(struct)
+        left -= size
+    if load:
+        yield load
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -30,6 +30,7 @@ from flowmesh_rag.stores.base import (
     VectorStore,
 )
 from flowmesh_rag.stores.filters import Filter, matches, parse_filter
+from flowmesh_rag.stores.locks import wait_for_turn
 
 __all__ = ["SqliteStore"]
 
@@ -73,8 +74,8 @@ class SqliteStore(VectorStore):
         with self._told() as connection:
             tables = "SELECT count(*) FROM sqlite_master WHERE name = 'facts'"
             found = (
-                connection.execute(tables).fetchone()[0]
-                and connection.execute("SELECT json FROM facts").fetchone()
+                self._in_turn(connection, tables).fetchone()[0]
+                and self._in_turn(connection, "SELECT json FROM facts").fetchone()
             )
         if not found:  # being made just now
             return None
@@ -86,9 +87,10 @@ class SqliteStore(VectorStore):
         if facts.language not in _TOKENS:
             known = ", ".join(_TOKENS)
             raise InputError(f"spec.language {facts.language!r}: store 'sqlite' knows {known}")
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self.context.folder.mkdir(0o700, parents=True, exist_ok=True)
+        self._file.parent.mkdir(exist_ok=True)
         with self._told() as connection:
-            connection.execute("PRAGMA journal_mode = WAL")  # readers go on while one writes
+            self._in_turn(connection, "PRAGMA journal_mode = WAL")  # readers go on while one writes
         with self._writing() as connection:
             for statement in _SCHEMA.format(tokens=_TOKENS[facts.language]).split(";\n"):
                 connection.execute(statement)
@@ -163,14 +165,26 @@ class SqliteStore(VectorStore):
         name = self.block.collection
         try:
             if self._opened is None:
-                self._opened = sqlite3.connect(
-                    self._file, timeout=self.context.timeout_s, isolation_level=None
-                )
+                # SQLite's own waiting hears no cancel.
+                self._opened = sqlite3.connect(self._file, timeout=0, isolation_level=None)
             yield self._opened
-        except sqlite3.OperationalError as exc:  # locked, or no room
+        except sqlite3.OperationalError as exc:  # such as no room
             raise ExecutionError(f"store 'sqlite', {name!r}: {exc}", retriable=True) from exc
         except sqlite3.DatabaseError as exc:
             raise InputError(f"store 'sqlite', {name!r}: {exc}; delete it, and index anew") from exc
+
+    def _in_turn(self, connection: sqlite3.Connection, statement: str) -> sqlite3.Cursor:
+        """Execute what may find the file locked."""
+
+        def attempt() -> sqlite3.Cursor | None:
+            try:
+                return connection.execute(statement)
+            except sqlite3.OperationalError as exc:
+                if "locked" not in str(exc):
+                    raise
+                return None
+
+        return wait_for_turn(attempt, self.block.collection, self.context)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -179,6 +193,7 @@ class SqliteStore(VectorStore):
         with self._told() as connection:
             connection.execute("BEGIN")
             try:
+                self._in_turn(connection, "SELECT 1 FROM facts")  # the view begins here
                 yield connection
             finally:
                 _end(connection)
@@ -188,13 +203,13 @@ class SqliteStore(VectorStore):
         """Write all or nothing."""
         self._vectors = None
         with self._told() as connection:
-            connection.execute("BEGIN IMMEDIATE")
+            self._in_turn(connection, "BEGIN IMMEDIATE")
             try:
                 yield connection
+                self._in_turn(connection, "COMMIT")
             except BaseException:
                 _end(connection)
                 raise
-            connection.execute("COMMIT")
 
     def _rank(
         self,
