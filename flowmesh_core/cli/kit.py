@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,12 @@ import click
 from flowmesh_core.cli.options import assignments_option, plugin_files_option
 
 if TYPE_CHECKING:  # pytest is an extra
-    from flowmesh_core.testing.report import Report
+    from flowmesh_core.testing.report import Check, Report
 
 __all__ = ["command"]
+
+
+_document = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 
 
 @click.command("kit")
@@ -23,19 +27,42 @@ __all__ = ["command"]
     "--spec",
     "file",
     metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    type=_document,
     help="Run this document, or spec, instead of the declared example; - is standard input.",
 )
 @assignments_option
+@click.option(
+    "--long", "long_file", metavar="FILE", type=_document, help="One for seconds, to be cancelled."
+)
+@click.option(
+    "--refused",
+    "refused_files",
+    metavar="FILE",
+    type=_document,
+    multiple=True,
+    help="One that it must refuse; may be given again.",
+)
 @plugin_files_option
 @click.option("-k", "expression", default="", metavar="EXPR", help="Only checks that match.")
+@click.option(
+    "--limit",
+    "limit_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="S",
+    help="Longest that one task may take.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     name: str,
     file: Path | None,
     assignments: tuple[str, ...],
+    long_file: Path | None,
+    refused_files: tuple[Path, ...],
     plugin_files: tuple[Path, ...],
     expression: str,
+    limit_s: float,
     as_json: bool,
 ) -> None:
     """Examine the installed executor NAME: does it keep what executors promise?"""
@@ -46,15 +73,31 @@ def command(
         raise click.UsageError("the kit needs pytest; run: pip install 'flowmesh-core[testing]'")
     if assignments and file is None:
         raise click.UsageError("--set changes a document; name it with --spec")
-    from flowmesh_core.testing.report import examine
+    from flowmesh_core.testing.report import examine, find_executor
 
-    spec = _read_spec(file, assignments) if file else None
-    report = examine(name, load_settings(), spec=spec, files=plugin_files, expression=expression)
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _describe(report))
+    settings, out = load_settings(), sys.stdout  # pytest puts another in its place
+    report = find_executor(name, settings, plugin_files)
+    specs: dict[str, Any] = {
+        "spec": _read_spec(file, assignments) if file else None,
+        "long_spec": _read_spec(long_file) if long_file else None,
+        "refused": [_read_spec(path) for path in refused_files],
+    }
+    if not as_json:
+        click.echo(_describe(report))
+    report = examine(
+        report,
+        settings,
+        **specs,
+        files=plugin_files,
+        expression=expression,
+        limit_s=limit_s,
+        listen=None if as_json else lambda check: click.echo(_describe_check(check), file=out),
+    )
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _sum_up(report))
     raise SystemExit(0 if report.ok else 1)
 
 
-def _read_spec(file: Path, assignments: tuple[str, ...]) -> Any:
+def _read_spec(file: Path, assignments: tuple[str, ...] = ()) -> Any:
     """Return the ``spec`` of a document, or the document that is one."""
     from flowmesh_core.cli.documents import read_document
     from flowmesh_core.errors import ContractError
@@ -67,14 +110,19 @@ def _read_spec(file: Path, assignments: tuple[str, ...]) -> Any:
 
 
 def _describe(report: Report) -> str:
-    lines = [
+    return (
         f"{report.executor} of {report.distribution} {report.version}: executor API "
         f"{report.api_version} x kit {report.kit_version}, flowmesh-core {report.core_version}"
-    ]
-    for check in report.checks:
-        reason = (check.reason.splitlines() or [""])[0]
-        told = f"\n           {reason}" if reason else ""
-        lines.append(f"  {check.outcome:7}  {check.name} [{check.clause}]{told}")
+    )
+
+
+def _describe_check(check: Check) -> str:
+    reason = (check.reason.splitlines() or [""])[0]
+    told = f"\n           {reason}" if reason else ""
+    return f"  {check.outcome:7}  {check.name} [{check.clause}]{told}"
+
+
+def _sum_up(report: Report) -> str:
     counts = Counter(check.outcome for check in report.checks)
-    lines.append(", ".join(f"{counts[outcome]} {outcome}" for outcome in sorted(counts)))
-    return "\n".join(lines)
+    told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in sorted(counts))
+    return told + (f"; not checked: {', '.join(report.unchecked)}" if report.unchecked else "")

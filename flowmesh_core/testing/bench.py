@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,13 +152,16 @@ class Bench:
         try:
             task = parse_spec(spec, task_id, do, owner)
         except FlowmeshError as exc:
-            outcome = Outcome(error=exc)
-            return Ran(task_id=task_id, outcome=outcome, folder=self._settings.results_dir)
+            return self._refused(task_id, exc)
         return self._wait(self._run(task))
 
     def stop(self, spec: Mapping[str, Any], task_id: str) -> Ran:
         """Run a task and cancel it as soon as it runs."""
-        return self._wait(self._stop(parse_spec(spec, task_id)))
+        try:
+            task = parse_spec(spec, task_id)
+        except FlowmeshError as exc:
+            return self._refused(task_id, exc)
+        return self._wait(self._stop(task))
 
     def run_together(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Ran]:
         """Run tasks as one merged dispatch; one that the contract refuses never gets there."""
@@ -167,6 +170,10 @@ class Bench:
             with contextlib.suppress(FlowmeshError):
                 tasks.append(parse_spec(spec, name))
         return self._wait(self._run_together(tasks))
+
+    def stop_together(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Ran]:
+        """Run tasks as one merged dispatch, and cancel all as soon as one runs."""
+        return self._wait(self._stop_together([parse_spec(specs[name], name) for name in specs]))
 
     def overlap(self, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Ran]:
         """Begin all, and cancel what still runs as soon as all should have begun."""
@@ -198,6 +205,10 @@ class Bench:
     def read_journal(self) -> list[Mapping[str, Any]]:
         """Return all that was noted."""
         return [json.loads(line) for line in self._journal.read_text("utf-8").splitlines()]
+
+    def _refused(self, task_id: str, error: FlowmeshError) -> Ran:
+        outcome = Outcome(error=error)
+        return Ran(task_id=task_id, outcome=outcome, folder=self._settings.results_dir)
 
     # On the loop.
 
@@ -254,6 +265,14 @@ class Bench:
         self._open().cancel(task.task_id, "the kit cancels it")
         return await running
 
+    async def _stop_together(self, tasks: Sequence[Task]) -> dict[str, Ran]:
+        running = asyncio.ensure_future(self._run_together(tasks))
+        while not running.done() and not any(self._begun(task.task_id) for task in tasks):
+            await asyncio.sleep(_LOOK_S)
+        for task in tasks:
+            self._open().cancel(task.task_id, "the kit cancels it")
+        return await running
+
     async def _overlap(self, tasks: Sequence[Task]) -> dict[str, Ran]:
         running = {task.task_id: asyncio.ensure_future(self._run(task)) for task in tasks}
         looks = int(_BEGIN_S / _LOOK_S)  # that the rest have to begin, once one has
@@ -275,7 +294,7 @@ class Bench:
             async with runner.reserve(tasks[0], size=len(tasks)) as reservation:
                 answers = run_members(runner, members, reservation)
                 outcomes = {task_id: outcome async for task_id, outcome, _ in answers}
-            await self._settle()
+            await self._settle({task.task_id for task in tasks})
         finally:
             runner.dismiss([task.task_id for task in tasks])
         return {
@@ -283,12 +302,11 @@ class Bench:
             for task, attempt in members
         }
 
-    async def _settle(self) -> None:
+    async def _settle(self, tasks: Set[str]) -> None:
         """Wait until ``run_group`` has ended, which comes after its last answer."""
         for _ in range(int(_JOIN_S / _LOOK_S)):
-            edges = Counter(
-                note["edge"] for note in self.read_journal() if note["call"] == "run_group"
-            )
+            notes = [note for note in self.read_journal() if note["call"] == "run_group"]
+            edges = Counter(note["edge"] for note in notes if not tasks.isdisjoint(note["tasks"]))
             if edges["begin"] == edges["end"]:
                 return
             await asyncio.sleep(_LOOK_S)
@@ -298,7 +316,7 @@ class Bench:
         return self._folders.begin(task.task_id, task.destination)
 
     def _begun(self, task_id: str) -> bool:
-        return any(note["call"] == "run" for note in self._notes(task_id))
+        return any(note["call"].startswith("run") for note in self._notes(task_id))
 
     def _notes(self, task_id: str) -> Iterator[Mapping[str, Any]]:
         return (note for note in self.read_journal() if task_id in note["tasks"])

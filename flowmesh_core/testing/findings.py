@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.executor import Artifact, ExecutorInfo
@@ -18,21 +20,27 @@ from flowmesh_core.testing.declaration import TARGETS
 from flowmesh_core.testing.subject import Subject
 
 __all__ = [
+    "NOT_PROMISED",
     "REFUSALS",
     "answer_of",
     "find_changes",
     "find_growth",
+    "find_misfits",
     "find_missing",
+    "find_piles",
     "find_stuck",
     "find_swaps",
     "is_there",
     "judge_rows",
-    "read_files",
     "same",
     "short",
     "tell",
+    "texts_of",
 ]
 
+_RUNS = 8
+# How the reason begins why something need not be checked.
+NOT_PROMISED = "it does not declare"
 # Codes of errors that tell a document what is wrong with it.
 REFUSALS = ("contract", "input")
 # What differs from run to run of the same work.
@@ -68,6 +76,23 @@ def find_missing(info: ExecutorInfo) -> list[str]:
     return missing
 
 
+def find_misfits(info: ExecutorInfo) -> list[str]:
+    """Return which declared models are something else; what cannot be imported is not looked at."""
+    faults = []
+    for field in ("spec", "result"):
+        target = getattr(info, field)
+        if not target or info.environment:
+            continue
+        with contextlib.suppress(FlowmeshError):
+            model = import_target(target)
+            if not (isinstance(model, type) and issubclass(model, BaseModel)):
+                told = getattr(model, "__name__", None) or repr(model)
+                faults.append(
+                    f"ExecutorInfo.{field}: {target} must be a pydantic model, got {told}"
+                )
+    return faults
+
+
 def is_there(ran: Ran, file: Artifact) -> bool:
     """Return whether a task has written what its outcome names."""
     path = ran.folder / file.path
@@ -75,9 +100,28 @@ def is_there(ran: Ran, file: Artifact) -> bool:
 
 
 def find_changes(
+    journal: Iterable[Mapping[str, Any]], calls: Sequence[str], allowed: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield what differs of a process between the beginning and the end of each of some calls.
+
+    Args:
+        journal: All that was noted.
+        calls: Names of methods.
+        allowed: What an author lets them change.
+    """
+    begun = {}
+    for note in journal:
+        key = (note["pid"], note["call"], *note["tasks"])
+        if note["edge"] == "begin":
+            begun[key] = note
+        elif note["call"] in calls:
+            changes = _find_changes(begun.pop(key), note, allowed)
+            yield from (f"{note['call']} {change}" for change in changes)
+
+
+def _find_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], allowed: Mapping[str, str]
-) -> Iterable[str]:
-    """Yield what differs of a process between two notes, but for what an author allows."""
+) -> Iterator[str]:
     for name, old in before["state"].items():
         new = after["state"][name]
         if old == new or name in allowed:
@@ -92,20 +136,47 @@ def find_changes(
 
 
 def find_growth(subject: Subject, kind: str, what: str) -> list[str]:
-    """Return what a warm task left that the one before it had not."""
-    ends = [note for ran in subject.story[1:] for note in ran.noted("run", "end")]
-    ends = [note for note in ends if "left" in note]
-    if len({note["pid"] for note in ends}) != 1:
+    """Return what warm tasks leave more and more of."""
+    if subject.growth is None:
         pytest.skip("its process did not outlive its first tasks, so that no two can be compared")
-    before, after = ends[-2]["left"][kind], ends[-1]["left"][kind]
-    grown = Counter(after) - Counter(before)
-    return [f"each run leaves {count} more {what} {name}" for name, count in grown.items()]
+    return [
+        f"each {run} leaves {count} more {what} {name}"
+        for run, grown in subject.growth.items()
+        for name, count in grown.get(kind, {}).items()
+    ]
 
 
-def read_files(folder: Path) -> dict[str, str]:
-    """Return the text of every file below a folder, by its relative name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_text("utf-8", "replace") for path in files}
+def find_piles(subject: Subject) -> list[str]:
+    """Return the lists of its result that are longer after each run than after the one before."""
+    runs = [*subject.story]
+    while rising := _find_rising([ran.outcome.result for ran in runs]):
+        if len(runs) == _RUNS:
+            return [
+                f"result.{key} grows from run to run, {lengths[0]} to {lengths[-1]} entries; keep "
+                "nothing of a task"
+                for key, lengths in rising.items()
+            ]
+        runs.append(subject.bench.run(subject.example, f"kit-more-{len(runs)}"))
+    return []
+
+
+def _find_rising(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    lists = [
+        {key: len(value) for key, value in result.items() if isinstance(value, list)}
+        for result in results
+    ]
+    lengths = {key: [one.get(key, 0) for one in lists] for key in lists[-1]}
+    return {key: seen for key, seen in lengths.items() if all(a < b for a, b in pairwise(seen))}
+
+
+def texts_of(ran: Ran) -> dict[str, str]:
+    """Return the text of all that a task gave back, by where it is; files by their names."""
+    files = [path for path in ran.folder.rglob("*") if path.is_file()]
+    return {
+        "its result": json.dumps(ran.outcome.result),
+        "its reports": str(ran.progress),
+        **{str(path.relative_to(ran.folder)): path.read_text("utf-8", "replace") for path in files},
+    }
 
 
 def judge_rows(subject: Subject, name: str, texts: Sequence[str]) -> list[str]:
@@ -120,20 +191,36 @@ def judge_rows(subject: Subject, name: str, texts: Sequence[str]) -> list[str]:
             f"{', '.join(REFUSALS)} that is not retriable, got {tell(outcome.error)}"
         ]
     items = outcome.result.get("items")
-    if isinstance(items, list) and len(items) != len(texts) and outcome.ok:
-        return [f"{len(texts)} rows that are {name} were answered with {len(items)} items"]
+    if not isinstance(items, list) or not outcome.ok or not _answers_rows(subject):
+        return []
+    if len(items) != len(texts):
+        return [
+            f"{len(texts)} rows that are {name} were answered with {len(items)} items, those of "
+            "the example with one each; where items are no rows, let the example show it"
+        ]
     return []
+
+
+def _answers_rows(subject: Subject) -> bool:
+    """Return whether its example's items are one per row."""
+    ran = subject.story[-1]
+    items = ran.outcome.result.get("items")
+    return isinstance(items, list) and [len(items)] == [
+        note.get("rows") for note in ran.noted("run", "end")
+    ]
 
 
 def find_stuck(ran: Ran, what: str) -> list[str]:
     """Return whether a task that was to end had to be given up."""
-    if not ran.noted("run", "begin"):
+    calls = Counter(note["call"] for note in ran.journal if note["edge"] == "begin")
+    calls.subtract(note["call"] for note in ran.journal if note["edge"] == "end")
+    if not {"run", "run_group"} & calls.keys():
         return [f"it failed before it ran: {tell(ran.outcome.error)}"]
-    if ran.noted("run", "end"):
-        return []
     return [
-        f"run had not ended after {what} and was given up; look at ctx.cancelled, or let a "
+        f"{call} had not ended after {what} and was given up; look at ctx.cancelled, or let a "
         "coroutine's CancelledError pass"
+        for call in ("run_group", "run")
+        if calls[call] > 0
     ]
 
 

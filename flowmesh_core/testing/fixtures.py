@@ -13,11 +13,13 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 if TYPE_CHECKING:  # for the reason above, not to hide a cycle
+    from flowmesh_core.testing.clock import ManualClock
     from flowmesh_core.testing.orchestrator import StandInOrchestrator
     from flowmesh_core.testing.redis_server import RedisServer
     from flowmesh_core.testing.subject import Subject
 
 __all__ = [
+    "flowmesh_clock",
     "flowmesh_orchestrator",
     "flowmesh_redis_server",
     "flowmesh_redis_url",
@@ -43,6 +45,14 @@ def flowmesh_subject(
 
     with Subject(request.cls, tmp_path_factory.mktemp("kit")) as subject:
         yield subject
+
+
+@pytest.fixture
+def flowmesh_clock() -> ManualClock:
+    """A clock at 0 seconds that only the test moves, such as for ``RunContext.clock``."""
+    from flowmesh_core.testing.clock import ManualClock
+
+    return ManualClock()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from flowmesh_core.config import Settings
 from flowmesh_core.errors import PluginError
 from flowmesh_core.executor import API_VERSION
 from flowmesh_core.plugins import load_plugins
+from flowmesh_core.testing.findings import NOT_PROMISED
 
-__all__ = ["KIT_VERSION", "Check", "Report", "examine"]
+__all__ = ["KIT_VERSION", "Check", "Report", "examine", "find_executor"]
 
 KIT_VERSION = "1.0"
 _SUITE = '''"""What `flowmesh kit` runs; an author's own test file looks the same."""
@@ -38,6 +39,9 @@ class TestExecutor(ExecutorSuite):
     executor = {name!r}
     plugin_files = [Path(path) for path in {files!r}]
     spec = json.loads({spec!r})
+    long_spec = json.loads({long_spec!r})
+    refused = json.loads({refused!r})
+    limit_s = {limit_s!r}
     settings = {{"envs_dir": {envs!r} and Path({envs!r})}}
 '''
 _OPTIONS = ("--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-q")
@@ -75,6 +79,15 @@ class Report:
     checks: Sequence[Check]
 
     @property
+    def unchecked(self) -> list[str]:
+        """The clauses that were skipped, but for those of capabilities that it does not declare."""
+        return [
+            check.clause
+            for check in self.checks
+            if check.outcome == "skipped" and not check.reason.startswith(NOT_PROMISED)
+        ]
+
+    @property
     def ok(self) -> bool:
         """Whether no check failed, and some check passed."""
         outcomes = {check.outcome for check in self.checks}
@@ -86,10 +99,15 @@ class Report:
 
 
 class Collector:
-    """A pytest plugin that keeps what became of the checks of suites."""
+    """A pytest plugin that keeps what became of the checks of suites.
 
-    def __init__(self) -> None:
+    Args:
+        listen: Gets each check when it has ended.
+    """
+
+    def __init__(self, listen: Callable[[Check], None] | None = None) -> None:
         self.checks: dict[str, Check] = {}
+        self._listen = listen
 
     def pytest_collection_modifyitems(self, items: Sequence[pytest.Item]) -> None:
         """Let reports say their clause, and their class."""
@@ -101,6 +119,12 @@ class Collector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the worst of what is said about one check."""
+        self._keep(report)
+        check = self.checks.get(report.nodeid)
+        if self._listen and check and report.when == "teardown":
+            self._listen(check)
+
+    def _keep(self, report: pytest.TestReport) -> None:
         about = dict(report.user_properties)
         known = self.checks.get(report.nodeid)
         setup = report.when != "call" and report.passed
@@ -145,25 +169,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         Path(session.config.getoption("--flowmesh-report")).write_text(json.dumps(checks))
 
 
-def examine(
-    name: str,
-    settings: Settings,
-    *,
-    spec: Mapping[str, Any] | None = None,
-    files: Sequence[Path] = (),
-    expression: str = "",
-) -> Report:
-    """Run every check against one installed executor, in this process.
-
-    Args:
-        name: The executor.
-        settings: Say which plugins and environments count.
-        spec: A document's ``spec``; the declared example without it.
-        files: Single-file plugins.
-        expression: Of pytest's ``-k``: only checks whose names match.
+def find_executor(name: str, settings: Settings, files: Sequence[Path] = ()) -> Report:
+    """Return the report about an installed executor before any check.
 
     Raises:
-        PluginError: The executor is not installed, or no check could be begun.
+        PluginError: It is not installed.
     """
     found = {
         info.name: report
@@ -173,12 +183,6 @@ def examine(
     if name not in found:
         known = ", ".join(sorted(found)) or "none"
         raise PluginError(f"executor {name!r} is not installed; installed are {known}")
-    suite = _SUITE.format(
-        name=name,
-        files=[str(path.absolute()) for path in files],
-        spec=json.dumps(spec and dict(spec)),
-        envs=settings.envs_dir and str(settings.envs_dir),
-    )
     return Report(
         executor=name,
         distribution=found[name].distribution,
@@ -186,12 +190,52 @@ def examine(
         core_version=__version__,
         api_version=API_VERSION,
         kit_version=KIT_VERSION,
-        checks=_run(suite, expression),
+        checks=(),
     )
 
 
-def _run(suite: str, expression: str) -> Sequence[Check]:
-    collector, said = Collector(), io.StringIO()
+def examine(
+    report: Report,
+    settings: Settings,
+    *,
+    spec: Mapping[str, Any] | None = None,
+    long_spec: Mapping[str, Any] | None = None,
+    refused: Sequence[Mapping[str, Any]] = (),
+    files: Sequence[Path] = (),
+    expression: str = "",
+    limit_s: float = 300.0,
+    listen: Callable[[Check], None] | None = None,
+) -> Report:
+    """Run every check against one installed executor, in this process.
+
+    Args:
+        report: Of ``find_executor``.
+        settings: Say which plugins and environments count.
+        spec: A document's ``spec``; the declared example without it.
+        long_spec: One that runs for seconds.
+        refused: Those that it must refuse.
+        files: Single-file plugins.
+        expression: Of pytest's ``-k``: only checks whose names match.
+        limit_s: Longest that one task may take.
+        listen: Gets each check when it has ended.
+
+    Raises:
+        PluginError: No check could be begun.
+    """
+    suite = _SUITE.format(
+        name=report.executor,
+        files=[str(path.absolute()) for path in files],
+        spec=json.dumps(spec),
+        long_spec=json.dumps(long_spec),
+        refused=json.dumps([*refused]),
+        limit_s=limit_s,
+        envs=settings.envs_dir and str(settings.envs_dir),
+    )
+    return attrs.evolve(report, checks=_run(suite, expression, listen))
+
+
+def _run(suite: str, expression: str, listen: Callable[[Check], None] | None) -> Sequence[Check]:
+    collector, said = Collector(listen), io.StringIO()
     with tempfile.TemporaryDirectory(prefix="flowmesh-kit-") as folder:
         path = Path(folder, "test_kit.py")
         path.write_text(suite, encoding="utf-8")

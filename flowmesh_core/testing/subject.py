@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import site
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from flowmesh_core.config import load_settings, read_environment
 from flowmesh_core.errors import FlowmeshError, PluginError
-from flowmesh_core.executor import Executor, ExecutorInfo
+from flowmesh_core.executor import Capability, Executor, ExecutorInfo
 from flowmesh_core.importing import import_target
 from flowmesh_core.plugins import Plugins, PluginState, load_plugins
 from flowmesh_core.testing.bench import Bench, Ran
@@ -22,8 +24,11 @@ from flowmesh_core.testing.bench import Bench, Ran
 __all__ = ["Subject", "find_files"]
 
 Spec = Mapping[str, Any]
+# How many there are more of each name, by kind: threads, processes, descriptors.
+Leftovers = Mapping[str, Mapping[str, int]]
 # Reads the same backwards and in every case, so that most of what executors do to texts keeps it.
 _MARKS = ("48392029384", "71650905617")
+_TURNS = 8
 
 
 class Subject:
@@ -73,23 +78,42 @@ class Subject:
         raise PluginError(_not_installed(name, self._plugins))
 
     def _find_example(self) -> None:
-        given = self.suite.spec
-        try:
-            if given is None and self.declared.example:
-                given = import_target(self.declared.example)
-            if given is None:
-                self.no_example = "set spec, or let ExecutorInfo.example name one"
+        given, where, target = self.suite.spec, "spec", self.declared.example
+        if given is None and target:
+            where = f"ExecutorInfo.example ({target})"
+            try:
+                given = import_target(target)
+            except FlowmeshError as exc:
+                self.problem = str(exc)
                 return
-            self.spec = self.resolve(given)
-        except FlowmeshError as exc:
-            self.problem = str(exc)
+        if given is None:
+            self.no_example = "set spec, or let ExecutorInfo.example name one"
+            return
+        try:
+            self.spec = self.resolve(given, where)
+        except PluginError as exc:
+            self.no_example = str(exc)
 
-    def resolve(self, given: Any) -> Spec:
-        """Return a spec that an author gave, or what a callable that an author gave makes."""
+    def resolve(self, given: Any, where: str = "a spec of the suite") -> Spec:
+        """Return a spec that an author gave, or what a callable that an author gave makes.
+
+        Args:
+            given: Either.
+            where: Who gave it.
+
+        Raises:
+            PluginError: The callable raised, or there is no mapping.
+        """
         if callable(given):
             folder = self.folder / "example"
             folder.mkdir(exist_ok=True)
-            given = given(folder)
+            try:
+                given = given(folder)
+            except Exception as exc:  # whatever it raises, the author's example is broken
+                raise PluginError(f"{where} raised {type(exc).__name__}: {exc}") from exc
+        if not isinstance(given, Mapping):
+            told = f"a mapping, or a callable that returns one, got {type(given).__name__}"
+            raise PluginError(f"{where} must be {told}")
         return {"taskType": min(self.declared.task_types), "executor": self.declared.name, **given}
 
     # Surroundings.
@@ -151,20 +175,79 @@ class Subject:
         return self.story[0]
 
     @cached_property
-    def marked(self) -> tuple[Ran, Ran, str]:
-        """A task that holds a mark in all that is its own, then the example, and the mark."""
-        mark = _MARKS[0]
+    def marked(self) -> list[tuple[Ran, Sequence[str]]]:
+        """Runs after a task that held a mark in all that is its own, with what they must not hold.
+
+        The first of them is of the same shape, with another mark for another owner; the second is
+        the example.
+        """
+        mark, other = _MARKS
+        self._mark(mark)
+        return [(self._mark(other), [mark]), (self.bench.run(self.example, "kit-after"), _MARKS)]
+
+    def _mark(self, mark: str) -> Ran:
         spec = {**self.example, **(self.rows([mark]) or {})}
         ran = self.bench.run({**spec, "kitMark": mark}, f"kit-{mark}", owner=mark)
         if ran.outcome.error:  # it knows no such key
             ran = self.bench.run(spec, f"kit-{mark}", owner=mark)
-        return ran, self.bench.run(self.example, "kit-after"), mark
+        return ran
 
     @cached_property
     def refusals(self) -> list[Ran]:
         """What it must refuse, and what came of it."""
-        specs = map(self.resolve, self.suite.refused)
-        return [self.bench.run(spec, f"kit-refused-{n}") for n, spec in enumerate(specs)]
+        return self._refuse(0)
+
+    def _refuse(self, turn: int) -> list[Ran]:
+        specs = enumerate(map(self.resolve, self.suite.refused))
+        return [self.bench.run(spec, f"kit-refused-{turn}-{n}") for n, spec in specs]
+
+    @cached_property
+    def cancelled(self) -> list[Ran]:
+        """What runs for long, cancelled: alone, and where it is to run in groups, in one."""
+        return self._cancel(0)
+
+    def _cancel(self, turn: int) -> list[Ran]:
+        serves = Capability.SERVICE in self.declared.capabilities
+        if self.suite.long_spec is None or serves:
+            return []
+        spec = self.resolve(self.suite.long_spec)
+        first = self.bench.stop(spec, f"kit-cancelled-{turn}")
+        ran = [first]
+        rows = [rows for mark in _MARKS if (rows := self.rows([mark]))]
+        groups = Capability.GROUP in self.declared.capabilities
+        if groups and rows and first.noted("run", "end"):
+            group = {f"kit-cancelled-{turn}-{n}": {**spec, **part} for n, part in enumerate(rows)}
+            ran += self.bench.stop_together(group).values()
+        return ran
+
+    @cached_property
+    def growth(self) -> Mapping[str, Leftovers] | None:
+        """What is left more after each turn of the example, and of runs that end otherwise.
+
+        Pools and caches fill in the first turns; what grows in all of them is a leak. None when
+        its process did not outlive a turn of the example.
+        """
+        alone = _find_growing(chain(self.story[1:], self._turns(range(_TURNS - 2))))
+        if alone is None:
+            return None
+        if alone:
+            return {"run": alone}
+        others = chain(self.story[-1:], self._turns(takewhile(self._run_others, range(_TURNS))))
+        return {"refused, cancelled or grouped run": _find_growing(others) or {}}
+
+    def _turns(self, numbers: Iterable[int]) -> Iterator[Ran]:
+        for number in numbers:
+            yield self.bench.run(self.example, f"kit-turn-{number}", do="settle")
+
+    def _run_others(self, turn: int) -> bool:
+        """Refuse, cancel and group once more; return whether any of that got to the executor."""
+        ran = [*self._refuse(turn), *self._cancel(turn)] if turn else []
+        if turn == 0:
+            ran = [*self.refusals, *self.cancelled]
+        if Capability.GROUP in self.declared.capabilities and self.members:
+            members = {f"{name}-{turn}": spec for name, spec in self.members.items()}
+            ran += (self.bench.run_together(members) if turn else self.together).values()
+        return any(one.journal for one in ran)
 
     def rows(self, texts: Sequence[str]) -> dict[str, Any] | None:
         """Return the part of a spec that asks about texts; None when it reads no rows."""
@@ -214,7 +297,10 @@ class Subject:
     def stray_files(self) -> list[str]:
         """Return what lies where no task may write, but for the caches of a home."""
         results = self._settings.results_dir
-        strays = [*find_files(self.home), *find_files(self.tmp)]
+        # Libraries look there for settings, and some make the folder for them.
+        strays = [path for path in find_files(self.home) if not Path(path).is_dir()]
+        strays = [path for path in strays if not Path(path).is_relative_to(self.home / ".cache")]
+        strays += find_files(self.tmp)
         strays += [str(path) for path in results.iterdir() if not path.name.startswith(".")]
         notes = self.bench.read_journal()
         return sorted({*strays, *(f"./{name}" for note in notes for name in note.get("files", ()))})
@@ -227,6 +313,26 @@ def _not_installed(name: str, plugins: Plugins) -> str:
         f"; plugin {report.name} is {report.state.value}: {report.reason}" for report in bad
     )
     return f"executor {name!r} is not installed; installed are {known}{reasons}"
+
+
+def _find_growing(runs: Iterable[Ran]) -> Leftovers | None:
+    """Return what the last of some runs left more than the one before; none once it stands still.
+
+    Returns:
+        None when they are not of one process.
+    """
+    before, grown = None, {}
+    for ran in runs:
+        ends = ran.noted("run", "end")
+        if not ends or (before and before["pid"] != ends[-1]["pid"]):
+            return None
+        if before:
+            pairs = {kind: (left, before["left"][kind]) for kind, left in ends[-1]["left"].items()}
+            grown = {kind: Counter(now) - Counter(old) for kind, (now, old) in pairs.items()}
+            if not any(grown.values()):
+                return {}
+        before = ends[-1]
+    return grown
 
 
 def find_files(folder: Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ import json
 import locale
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,13 @@ from flowmesh_core.errors import PluginLoadError
 from flowmesh_core.executor import Executor, Outcome, RunContext
 from flowmesh_core.importing import import_target
 
-__all__ = ["KIT", "LONG_LINE", "find_json_faults", "watch", "watch_target"]
+__all__ = ["KIT", "LONG_LINE", "STATE", "find_json_faults", "watch", "watch_target"]
 
 # Key of a task's metadata that asks the watcher for something.
 KIT = "flowmesh_kit"
 LONG_LINE = "=" * (1 << 20)
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-# The core's own threads, and those of the pool that the loop keeps.
-_OUR_THREADS = ("MainThread", "flowmesh-", "asyncio_")
-_PATIENCE_S = 1.0
+_PATIENCE_S = 0.5
 _LOADS = 3
 
 
@@ -145,8 +144,14 @@ def _prepare(ctx: RunContext, more: dict[str, Any]) -> None:
         ctx.log(LONG_LINE)
 
 
+def _judge(ctx: RunContext, answer: Any, more: dict[str, Any]) -> None:
+    more["faults"] = find_json_faults(answer)
+    if ctx.metadata.get(KIT) == "settle" and ctx.inputs.rows is not None:
+        more["rows"] = sum(1 for _ in ctx.inputs.rows)
+
+
 def _must_settle(journal: _Journal, ctx: RunContext, before: Any, until: float) -> bool:
-    """Return whether what a task started is still ending."""
+    """Return whether what a task started may be ending still."""
     if ctx.metadata.get(KIT) != "settle" or time.monotonic() > until:
         return False
     now = find_leftovers((str(ctx.folder),))
@@ -167,7 +172,7 @@ def _run(self: Any, ctx: RunContext) -> Any:
         answer = self._watched.run(self, ctx)
         if inspect.isawaitable(answer):  # the core awaits it
             answer = asyncio.run(_await(answer))
-        more["faults"] = find_json_faults(answer)
+        _judge(ctx, answer, more)
         until = time.monotonic() + _PATIENCE_S
         while _must_settle(self._journal, ctx, before, until):
             time.sleep(0.02)
@@ -179,7 +184,7 @@ async def _run_coroutine(self: Any, ctx: RunContext) -> Any:
     with self._journal.around("run", ctx) as more:
         _prepare(ctx, more)
         answer = await self._watched.run(self, ctx)
-        more["faults"] = find_json_faults(answer)
+        _judge(ctx, answer, more)
         until = time.monotonic() + _PATIENCE_S
         while _must_settle(self._journal, ctx, before, until):
             await asyncio.sleep(0.02)
@@ -223,27 +228,26 @@ def _load_again(executor: Any) -> Iterator[int]:
 
 
 def _snapshot() -> dict[str, Any]:
-    """Return what is everybody's in a process, by the name that messages use."""
+    return {name: read() for name, read in STATE.items()}
+
+
+def _environment() -> dict[str, str]:
+    """What changed shows, what a secret says does not."""
+    return {name: _digest(value) for name, value in read_environment().items()}
+
+
+def _root_logger() -> list[Any]:
     root = logging.getLogger()
-    multiprocessing: Any = sys.modules.get("multiprocessing")
-    return {
-        "environment": {name: _digest(value) for name, value in read_environment().items()},
-        "working folder": _working_folder(),
-        "umask": _umask(),
-        "signal handlers": {number.name: repr(_handler(number)) for number in signal.Signals},
-        "root logger": [root.level, *map(repr, root.handlers), logging.root.manager.disable],
-        "warnings": [repr(entry) for entry in warnings.filters],
-        "locale": locale.setlocale(locale.LC_ALL),
-        "sys.stdout": id(sys.stdout),
-        "sys.stderr": id(sys.stderr),
-        "sys.path": list(sys.path),
-        "socket timeout": socket.getdefaulttimeout(),
-        "multiprocessing": multiprocessing and multiprocessing.get_start_method(allow_none=True),
-    }
+    return [root.level, *map(repr, root.handlers), logging.root.manager.disable]
+
+
+def _start_method() -> str:
+    """Return the one that counts: whoever asks for it while none is set, sets the first."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return chosen or multiprocessing.get_all_start_methods()[0]
 
 
 def _digest(value: str) -> str:
-    """What changed shows, what a secret says does not."""
     return hashlib.blake2b(value.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
@@ -271,6 +275,23 @@ def _visible_devices() -> dict[str, str]:
     return {name: environ[name] for name in _VISIBLE if name in environ}
 
 
+# What is everybody's in a process, by the name that messages and ``may_change`` use.
+STATE: Mapping[str, Callable[[], Any]] = {
+    "environment": _environment,
+    "working folder": _working_folder,
+    "umask": _umask,
+    "signal handlers": lambda: {number.name: repr(_handler(number)) for number in signal.Signals},
+    "root logger": _root_logger,
+    "warnings": lambda: [repr(entry) for entry in warnings.filters],
+    "locale": lambda: locale.setlocale(locale.LC_ALL),
+    "sys.stdout": lambda: id(sys.stdout),
+    "sys.stderr": lambda: id(sys.stderr),
+    "sys.path": lambda: list(sys.path),
+    "socket timeout": socket.getdefaulttimeout,
+    "start method": _start_method,
+}
+
+
 def find_leftovers(own: tuple[str, ...] = ()) -> dict[str, dict[str, int]]:
     """Return how many threads, processes and descriptors of each kind there are.
 
@@ -285,9 +306,11 @@ def find_leftovers(own: tuple[str, ...] = ()) -> dict[str, dict[str, int]]:
 
 
 def _is_foreign(thread: threading.Thread) -> bool:
-    function = getattr(thread, "function", None)  # of a timer
-    ours = getattr(function, "__module__", "") == "flowmesh_core.places.child"
-    return not ours and not thread.name.startswith(_OUR_THREADS)
+    """Return whether it runs no function of the core, nor is it the one that asks."""
+    if thread in (threading.main_thread(), threading.current_thread()):
+        return False
+    function = getattr(thread, "_target", None) or getattr(thread, "function", None)  # of a timer
+    return not (getattr(function, "__module__", None) or "").startswith("flowmesh_core.")
 
 
 def _plain_name(thread: threading.Thread) -> str:

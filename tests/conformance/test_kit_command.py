@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,10 @@ def test_a_declared_example_is_enough(tmp_path: Path) -> None:
     assert "  passed   its example succeeds [example]" in lines
     at = lines.index("  skipped  what it refuses is not tried again [final]")
     assert lines[at + 1].strip() == "give refused: specs that it must refuse"
-    assert "passed" in last
-    assert "failed" not in last
+    counts, unchecked = last.split("; not checked: ")
+    assert re.fullmatch(r"\d+ passed, \d+ skipped", counts)
+    assert {"refused", "final", "cancel", "deadline"} < {*unchecked.split(", ")}
+    assert "shrink" not in unchecked  # it does not promise that
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -94,6 +97,61 @@ def test_without_its_engine_what_needs_none_is_checked(tmp_path: Path) -> None:
         "retry": "skipped",
     }
     assert "needs the package acme_no_engine, not installed here" in checks["example"]["reason"]
+
+
+def test_what_is_given_by_files_is_checked(tmp_path: Path) -> None:
+    rows = {"type": "list", "items": ["a"]}
+    specs = {
+        "long": {"spec": {"steps": 10**6, "data": rows}},
+        "unknown": {"voice": {"pitsh": 1}},
+        "good": {"data": rows},
+    }
+    for name, spec in specs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(spec))
+    files = ["--long", "long.json", "--refused", "unknown.json", "--refused", "good.json"]
+    expression = "cancel or refused_by or refuses"
+    done = kit("sound", "--plugin", str(SOUND), *files, "-k", expression, "--json", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    checks = {check["clause"]: check for check in report_of(done)["checks"]}
+    assert {clause: check["outcome"] for clause, check in checks.items()} == {
+        "refused": "failed",
+        "final": "passed",
+        "cancel": "passed",
+        "service-end": "skipped",
+    }
+    assert checks["refused"]["reason"].startswith("refused[1] must fail with one of ")
+
+
+def test_a_task_over_the_limit_ends(tmp_path: Path) -> None:
+    document = json.dumps({"steps": 10**6, "data": {"type": "list", "items": ["a"]}})
+    arguments = ("--spec", "-", "--limit", "1", "-k", "its_example", "--json")
+    done = kit("sound", "--plugin", str(SOUND), *arguments, cwd=tmp_path, stdin=document)
+    (check,) = report_of(done)["checks"]
+    assert check["outcome"] == "failed"
+    assert check["reason"].startswith("the example failed with deadline: ")
+
+
+def test_each_check_is_told_as_it_ends(tmp_path: Path) -> None:
+    document = tmp_path / "long.json"
+    document.write_text(json.dumps({"steps": 10**6, "data": {"type": "list", "items": ["a"]}}))
+    command = [sys.executable, "-m", "flowmesh_core", "kit", "sound", "--plugin", str(SOUND)]
+    command += ["--spec", str(document), "--limit", "60", "-k", "installed or example_succeeds"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = [process.stdout.readline() for _ in range(2)]
+            running = process.poll() is None
+        finally:
+            process.kill()
+    assert told[1] == "  passed   it is installed [installed]\n"
+    assert running
+
+
+def test_the_result_of_an_example_that_failed_is_not_judged(tmp_path: Path) -> None:
+    files = ("--plugin", str(SOUND), "--plugin", str(EXECUTORS))
+    done = kit("broken.Exits", *files, "-k", "result_is or its_example", "--json", cwd=tmp_path)
+    checks = {check["clause"]: check["outcome"] for check in report_of(done)["checks"]}
+    assert checks == {"example": "failed", "result": "skipped"}
 
 
 def test_an_unknown_executor_is_an_error_that_names_the_known(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from flowmesh_core.echo import EchoExecutor
 from flowmesh_core.executor import ExecutorInfo
 from flowmesh_core.testing import ExecutorSuite
+from flowmesh_core.testing.watching import STATE
 
 SOUND = Path(__file__).parent / "broken" / "sound.py"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -48,6 +49,14 @@ class TestSoundTogether(TestSound):
     grace_s = 2.0
 
 
+class TestSoundPooled(TestSound):
+    executor = "sound.pooled"
+
+
+class TestSoundSplitting(TestSound):
+    executor = "sound.splits"
+
+
 class TestSoundService(TestSound):
     executor = "sound.serves"
 
@@ -55,6 +64,12 @@ class TestSoundService(TestSound):
 class TestSoundWithVariants(TestSound):
     executor = "sound"
     variants: ClassVar[Any] = [{"data": {"type": "list", "items": ["other", "words"]}}]
+
+
+def test_every_part_of_the_state_is_on_the_page() -> None:
+    page = (DOCS / "conformance.md").read_text(encoding="utf-8")
+    (told,) = re.findall(r"^\| may_change \|.*: (.*) \|$", page, re.MULTILINE)
+    assert re.findall(r"`([a-z_. ]+)`", told) == list(STATE)
 
 
 def test_every_check_has_its_row_on_the_page() -> None:

@@ -39,4 +39,4 @@ class StagedPlace(ProcessPlace):
 
     async def close(self) -> None:
         await super().close()
-        shutil.rmtree(self.root)
+        shutil.rmtree(self.root, ignore_errors=True)

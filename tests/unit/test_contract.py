@@ -28,6 +28,7 @@ from flowmesh_core.contract import (
     parse_task,
 )
 from flowmesh_core.errors import ContractError
+from flowmesh_core.testing import recorded_messages
 from flowmesh_core.validation import StrictBlock, describe_problems, validate_model
 from flowmesh_core.wire import decode_json, encode_json, utc_now
 
@@ -36,7 +37,7 @@ DOCUMENTS = {
     path.stem: yaml.safe_load(path.read_text("utf-8"))
     for path in sorted((HERE / "documents").glob("*.yaml"))
 }
-MESSAGES = {path.stem: path.read_bytes() for path in sorted((HERE / "messages").glob("*.json"))}
+MESSAGES = recorded_messages()
 BROKEN_IDS = [
     *("..", ".", "", ".hidden", "a/b", "../../etc", "a b", "a\0b", "a\n", "é", "a" * 201, "/x"),
     *("\ud800", "a\\b", "~"),

@@ -15,7 +15,7 @@ import pytest
 from flowmesh_core.artifacts.parcel import Parcel, Receipt
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Destination
-from flowmesh_core.errors import ArchiveError, UploadError
+from flowmesh_core.errors import UploadError
 from flowmesh_core.stores import retry
 from flowmesh_core.stores.fsspec import FsspecStore
 
@@ -92,26 +92,6 @@ def test_a_result_is_written_as_it_would_be_posted(memory: Any) -> None:
         "result": {"ok": True, "again": 1},
         "worker_id": "w1",
     }
-
-
-def test_a_file_that_will_never_be_whole_is_not_there(memory: Any, tmp_path: Path) -> None:
-    path = tmp_path / "m.tar.gz"
-    path.write_bytes(CONTENT)
-
-    async def work(store: FsspecStore) -> None:
-        parcel = Parcel("t1", path, path, growing=True)
-        sending = asyncio.ensure_future(
-            store.send(parcel, Destination(type="fsspec", url="memory://bucket"))
-        )
-        parcel.grow(1000)
-        while not memory.find("/bucket"):
-            await asyncio.sleep(0.01)
-        parcel.give_up(ArchiveError("the folder is gone"))
-        with pytest.raises(ArchiveError, match="the folder is gone"):
-            await sending
-
-    run(work)
-    assert names(memory) == []
 
 
 def test_a_file_is_written_while_it_grows(memory: Any, tmp_path: Path) -> None:

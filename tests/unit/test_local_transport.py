@@ -9,7 +9,6 @@ import pytest
 
 from flowmesh_core.config import Settings
 from flowmesh_core.events import TASK_STARTED, LogChunk, TaskEvent, WorkerEvent
-from flowmesh_core.transports.base import Delivery
 from flowmesh_core.transports.local import LocalTransport
 
 Heard = list[TaskEvent | WorkerEvent | LogChunk]
@@ -158,15 +157,3 @@ def test_a_late_thread_may_send_when_the_loop_is_closed() -> None:
     within_time(transport.open())
     transport.send(event(1))
     transport.send_log(chunk(0))
-
-
-def test_control_messages_come_among_the_others_and_are_told_apart() -> None:
-    async def work() -> list[Delivery]:
-        transport = LocalTransport(Settings())
-        await transport.open()
-        transport.submit(b"task")
-        transport.submit_control(b"order")
-        transport.stop_receiving()
-        return [delivery async for delivery in transport.deliveries()]
-
-    assert within_time(work()) == [Delivery(b"task"), Delivery(b"order", control=True)]

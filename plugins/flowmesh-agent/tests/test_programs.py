@@ -149,7 +149,7 @@ ORDERS = {
     "bash connects": "bash -c 'echo canary > /dev/tcp/127.0.0.1/{port}'",
     "kill the worker": "kill -9 {pid}; kill -STOP {pid}",
     "stay": "(setsid sleep {marker} &); nohup sleep {marker} & (trap '' HUP; sleep {marker}) &",
-    "fork bomb": "bomb() {{ [ $1 = 0 ] || bomb $(($1-1)) | bomb $(($1-1)) & }}; bomb 9; sleep 20",
+    "fork bomb": "b() {{ [ $1 = 0 ] && sleep 20 || b $(($1-1)) | b $(($1-1)) & }}; b 9; sleep 20",
     "escape": "unshare -r sh; chroot / sh; mount -t tmpfs x .; mknod d b 8 0; su -c id; sudo id",
     "print the key": "env; echo $AGENT_LLM_API_KEY '${{env.SECRET}}'; set",
 }

@@ -28,6 +28,7 @@ from pydantic import BaseModel
 
 from flowmesh_core import (
     Artifact,
+    CancelledError,
     Capability,
     ExecutorInfo,
     InputError,
@@ -55,6 +56,7 @@ class Case:
 
 
 CASES: list[Case] = []
+SOUND = Sound.__module__
 
 
 def breaks(
@@ -99,6 +101,41 @@ class NoExample(Sound):
 
 @breaks("light", "cannot import .*:NOWHERE", example="flowmesh_plugin_sound:NOWHERE")
 class DanglingExample(Sound):
+    pass
+
+
+@breaks(
+    "example",
+    r"there is no example: ExecutorInfo.example \(.*:find_corpus\) raised ValueError: no corpus",
+    example=f"{__name__}:find_corpus",
+)
+class RaisesInItsExample(Sound):
+    pass
+
+
+def find_corpus(folder: Path) -> Mapping[str, Any]:
+    raise ValueError("no corpus")
+
+
+@breaks(
+    "example",
+    r"ExecutorInfo.example \(.*:CORPUS\) must be a mapping, or a callable .*, got list",
+    example=f"{__name__}:CORPUS",
+)
+class HasAListAsExample(Sound):
+    pass
+
+
+CORPUS = ["hello"]
+
+
+@breaks("models", "^ExecutorInfo.spec: .*:Sound must be a pydantic model", spec=f"{SOUND}:Sound")
+class HasNoSpecModel(Sound):
+    pass
+
+
+@breaks("models", "^ExecutorInfo.result: .*:CORPUS must be a pydantic", result=f"{__name__}:CORPUS")
+class HasNoResultModel(Sound):
     pass
 
 
@@ -227,6 +264,32 @@ class ChangesTheWorkersEnvironment(Sound):
         os.environ["ACME_LOADED"] = "1"
 
 
+@breaks("state", "run changed the environment: ACME_LATER")
+class ChangesEnvironmentLater(Spoils):
+    runs = 0
+
+    def spoil(self, ctx: RunContext) -> None:
+        self.runs += 1
+        if self.runs == 2:
+            os.environ["ACME_LATER"] = "1"
+
+
+@breaks("state", "run_group changed the environment: ACME_GROUPED", Capability.GROUP)
+class ChangesEnvironmentForGroups(Sound):
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
+        os.environ["ACME_GROUPED"] = "1"
+        yield from super().run_group(ctxs)
+
+
+@breaks(
+    "state",
+    "may_change: 'env' must be one of environment, working folder, ",
+    suite={"may_change": {"env": "it is told by its variable"}},
+)
+class MayChangeWhatIsUnknown(Sound):
+    pass
+
+
 @breaks("state", "run changed the signal handlers: SIGUSR1")
 class ChangesSignals(Spoils):
     def spoil(self, ctx: RunContext) -> None:
@@ -264,7 +327,7 @@ class ChangesSocketTimeout(Spoils):
         socket.setdefaulttimeout(60)
 
 
-@breaks("state", "run changed the multiprocessing")
+@breaks("state", "run changed the start method")
 class ChangesStartMethod(Spoils):
     def spoil(self, ctx: RunContext) -> None:
         multiprocessing.set_start_method("spawn", force=True)
@@ -291,6 +354,47 @@ class LeavesThread(Spoils):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 
+@breaks("threads", "each run leaves 1 more thread flowmesh-mine")
+class LeavesThreadOfAFamiliarName(Spoils):
+    def spoil(self, ctx: RunContext) -> None:
+        wait = threading.Event().wait
+        threading.Thread(target=wait, name="flowmesh-mine", daemon=True).start()
+
+
+@breaks("threads", "each refused, cancelled or grouped run leaves 1 more thread Thread-N")
+class LeavesThreadWhenCancelled(Sound):
+    def run(self, ctx: RunContext) -> Any:
+        try:
+            return super().run(ctx)
+        except CancelledError:
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+            raise
+
+
+@breaks(
+    "threads",
+    "each refused, cancelled or grouped run leaves . more thread Thread-N",
+    Capability.GROUP,
+)
+class LeavesThreadOfAGroup(Sound):
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        yield from super().run_group(ctxs)
+
+
+@breaks(
+    "descriptors",
+    "each refused, cancelled or grouped run leaves 1 more open descriptor of /dev/null",
+)
+class LeavesDescriptorWhenRefusing(Sound):
+    def items(self, ctx: RunContext) -> Any:
+        try:
+            return super().items(ctx)
+        except InputError:
+            os.open(os.devnull, os.O_RDONLY)
+            raise
+
+
 @breaks("processes", "each run leaves 1 more process sleep 600")
 class LeavesProcess(Spoils):
     def spoil(self, ctx: RunContext) -> None:
@@ -314,7 +418,16 @@ class TellsOthers(Sound):
         return answer
 
 
-@breaks("isolation", r"result.seen has \d+ entries after other tasks and had 1 at first")
+@breaks("isolation", "its result holds 48392029384, which only an earlier task of another owner")
+class KeepsAnswersByTheirNumber(Sound):
+    kept: dict[int, Any] = {}  # noqa: RUF012 - the fault itself
+
+    def items(self, ctx: RunContext) -> Any:
+        items = super().items(ctx)
+        return self.kept.setdefault(len(items), items)
+
+
+@breaks("isolation", "result.seen grows from run to run, 1 to [0-9]+ entries")
 class Piles(Sound):
     seen: tuple[int, ...] = ()
 
@@ -406,10 +519,18 @@ class IgnoresCancel(Lasts):
         return ctx.remaining_s == 0
 
 
+@breaks("cancel", r"run_group had not ended after its cancel \(grace_s 1\)", Capability.GROUP)
+class IgnoresCancelOfAGroup(Sound):
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
+        if ctxs[0].spec.steps > 2:
+            time.sleep(30)
+        yield from super().run_group(ctxs)
+
+
 @breaks("deadline", r"run had not ended after its deadline \(grace_s 1\)")
 class IgnoresDeadline(Lasts):
     def is_over(self, ctx: RunContext) -> bool:
-        late = ctx.deadline is not None and ctx.remaining_s == 0
+        late = ctx.remaining_s is not None and ctx.remaining_s < 0.25  # the worker's clock decides
         return ctx.cancelled and not late
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import random
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,8 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         declare("sound.inline", place="inline", target=f"{__name__}:Sound"),
         declare("sound.together", Capability.CONCURRENT, target=f"{__name__}:Together"),
         declare("sound.absent", needs=["acme_no_engine"], target=f"{__name__}:Sound"),
+        declare("sound.pooled", target=f"{__name__}:Pooled"),
+        declare("sound.splits", result="", target=f"{__name__}:Splits"),
         declare("sound.serves", Capability.SERVICE, target=f"{__name__}:Serves"),
     ]
 
@@ -113,6 +118,37 @@ class Together(Sound):
 
     async def pause(self, pause_s: float) -> None:
         await asyncio.sleep(pause_s)
+
+
+class Pooled(Sound):
+    """Keeps a pool whose threads begin as they are needed, and a cache below its home."""
+
+    def load(self, ctx: RunContext) -> None:
+        self.pool, self.wanted = ThreadPoolExecutor(5), 0
+        cache = Path("~/.cache/shout").expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "voices.txt").write_text("alto")
+
+    def items(self, ctx: RunContext) -> list[Mapping[str, Any]]:
+        self.wanted = min(self.wanted + 1, 5)
+        together = threading.Barrier(self.wanted)
+        wait([self.pool.submit(together.wait) for _ in range(self.wanted)])
+        return super().items(ctx)
+
+    def unload(self) -> None:
+        self.pool.shutdown()
+
+
+class Splits(Sound):
+    """Answers with pieces, of which there are as many as it happens; tells once what it loaded."""
+
+    loaded: tuple[str, ...] = ("voices",)
+
+    def answer(self, ctx: RunContext) -> Any:
+        loaded, self.loaded = self.loaded, ()
+        answer = super().answer(ctx)
+        pieces = [part for item in answer["items"] for part in item["output"][:40]]
+        return {**answer, "items": pieces, "loaded": loaded, "tries": [0] * random.randint(1, 9)}
 
 
 class Serves(Sound):
