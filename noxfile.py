@@ -100,7 +100,7 @@ def core(session: nox.Session) -> None:
 @nox.session(python=HERE)
 def kit(session: nox.Session) -> None:
     """The conformance kit: it finds nothing in ours and every fault of those broken on purpose."""
-    install(session)
+    install(session, extra="testing,fsspec")
     session.install("pytest-xdist>=3.6")
     pytest(session, "tests/conformance", "-m", "not slow")
 

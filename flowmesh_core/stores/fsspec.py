@@ -172,7 +172,9 @@ class _Target:
             self._files, self._path = core.url_to_fs(url)
         except (ImportError, ValueError) as exc:  # it names the package to install
             raise UploadError(f"{what}: {exc}", retriable=False) from exc
-        self._part = f"{self._path}.{secrets.token_hex(4)}.part"
+        # Without the name itself, in which fsspec's mv would see a pattern: a?.txt, b[1].txt.
+        folder = self._path.rpartition("/")[0]
+        self._part = f"{folder}/.{secrets.token_hex(8)}.part"
 
     async def write(self, blocks: AsyncIterator[bytes]) -> None:
         """Write all blocks; the file appears when it is whole, or not at all."""

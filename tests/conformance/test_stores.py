@@ -193,10 +193,6 @@ class FsspecRemote(Remote):
 
 
 class TestFsspec(StoreSuite):
-    @pytest.mark.xfail(reason="fsspec moves a file with ?, * or [ in its name as a pattern")
-    def test_every_name_is_a_file_of_its_own(self, remote: Remote, tmp_path: Path) -> None:
-        super().test_every_name_is_a_file_of_its_own(remote, tmp_path)
-
     @pytest.fixture
     def remote(self) -> Iterator[Remote]:
         fsspec = pytest.importorskip("fsspec")
