@@ -21,6 +21,7 @@ from flowmesh_core.errors import ExecutorUnavailableError, FlowmeshError
 from flowmesh_core.executor import Capability, Executor, ExecutorInfo
 from flowmesh_core.importing import import_target
 from flowmesh_core.merge import work_key
+from flowmesh_core.registry import missing_packages
 from flowmesh_core.testing.bench import Ran, parse_spec
 from flowmesh_core.testing.declaration import (
     find_dropping_models,
@@ -167,6 +168,9 @@ class ExecutorSuite:
                 _skip("not before its example can be imported: see clause light")
             _refuse([flowmesh_subject.problem])
         if flowmesh_subject.spec is None:
+            lacking = missing_packages(flowmesh_subject.declared)
+            if lacking and flowmesh_subject.declared.example:  # to be made with the engine, perhaps
+                _skip(f"its example cannot be made without {', '.join(lacking)}")
             _refuse([f"there is no example: {flowmesh_subject.no_example}"])
         _with_example(flowmesh_subject)
         error = flowmesh_subject.first.outcome.error
