@@ -83,14 +83,13 @@ class RedisWire(Wire):
                     self.said.append(json.loads(message["data"]))
         return self.said
 
-    @contextmanager
-    def cut(self) -> Iterator[None]:
-        self.server.stop()
-        yield
-        self.server.start()
-
 
 class TestRedisPubSub(TransportSuite):
+    """Without an outage: who subscribes later than the worker publishes again hears nothing.
+
+    ``tests/integration/test_worker_redis.py`` stops the server under a worker.
+    """
+
     @pytest.fixture
     def wire(self, flowmesh_redis_server: RedisServer) -> Iterator[Wire]:
         flowmesh_redis_server.start()
