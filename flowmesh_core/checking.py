@@ -13,7 +13,7 @@ from flowmesh_core.executor import ExecutorInfo
 from flowmesh_core.importing import import_target
 from flowmesh_core.places.environments import check_there
 from flowmesh_core.registry import ExecutorRegistry
-from flowmesh_core.validation import describe_problems
+from flowmesh_core.validation import as_model, describe_problems
 from flowmesh_core.workflow import PlannedTask, Workflow
 
 __all__ = ["check_result", "check_spec", "check_workflow"]
@@ -60,7 +60,7 @@ def check_spec(target: str, spec: Mapping[str, Any]) -> list[str]:
     The Python of another environment calls it too, for the models that live there.
     """
     try:
-        return _check_model(import_target(target), spec)
+        return _check_model(as_model(import_target(target), target), spec)
     except FlowmeshError as exc:
         return [str(exc)]
 
@@ -73,7 +73,7 @@ def check_result(info: ExecutorInfo, result: Mapping[str, Any]) -> list[str]:
     if not info.result or info.environment:
         return []
     try:
-        import_target(info.result).model_validate(result)
+        as_model(import_target(info.result), info.result).model_validate(result)
     except ValidationError as exc:
         return describe_problems(exc, prefix="result")
     except FlowmeshError as exc:

@@ -16,15 +16,13 @@ import attrs
 from pydantic import (
     AfterValidator,
     AliasChoices,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     model_validator,
 )
 
 from flowmesh_core.errors import ContractError
-from flowmesh_core.validation import show_value, validate_model
+from flowmesh_core.validation import OpenBlock, show_value, validate_model
 from flowmesh_core.wire import MAX_DEPTH, decode_json
 
 __all__ = [
@@ -79,17 +77,6 @@ def check_task_id(value: object) -> str:
     raise ContractError(f"task_id {_PLAIN_NAME_RULE}, got {show_value(value)}")
 
 
-class _Open(BaseModel):
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {key: item for key, item in value.items() if item is not None}
-
-
 def _is_http_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
@@ -115,7 +102,7 @@ PathText = Annotated[str, AfterValidator(_nameable)]
 ArtifactName = Annotated[PathText, AfterValidator(_inside_task_folder)]
 
 
-class Destination(_Open):
+class Destination(OpenBlock):
     """Where the result goes: ``spec.output.destination``.
 
     ``type`` names a store driver; ``timeout_s`` is the allowance of one request in seconds.
@@ -138,14 +125,14 @@ class Destination(_Open):
         return self
 
 
-class Output(_Open):
+class Output(OpenBlock):
     """``spec.output``: the destination and the artifacts that the manifest must list."""
 
     destination: Destination = Field(default_factory=Destination)
     artifacts: list[ArtifactName] = Field(default_factory=list)
 
 
-class Shard(_Open):
+class Shard(OpenBlock):
     """``spec.shard``: this task reads part ``index`` of ``total`` of its rows."""
 
     index: int = Field(default=0, ge=0)
@@ -160,7 +147,7 @@ class Shard(_Open):
         return self
 
 
-class CommonSpec(_Open):
+class CommonSpec(OpenBlock):
     """The part of ``spec`` that the core itself reads, whatever the task type."""
 
     task_type: str = Field(default="", validation_alias=AliasChoices("taskType", "task_type"))
@@ -248,13 +235,13 @@ def _plain_name(value: Any) -> str:
 TaskId = Annotated[str, BeforeValidator(_plain_name)]
 
 
-class _Child(_Open):
+class _Child(OpenBlock):
     task_id: TaskId = Field(validation_alias=AliasChoices("task_id", "taskId"))
     spec: Any = None
     metadata: Any = None
 
 
-class _Message(_Open):
+class _Message(OpenBlock):
     task_id: TaskId
     task: dict[str, Any]
     merged_children: list[_Child] = Field(
@@ -413,7 +400,7 @@ class Control:
     reason: str = ""
 
 
-class _Control(_Open):
+class _Control(OpenBlock):
     type: Any = None
     task_id: TaskId | None = Field(default=None, validation_alias=AliasChoices("task_id", "taskId"))
     reason: str = ""

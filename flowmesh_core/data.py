@@ -13,9 +13,8 @@ from flowmesh_core.checkpoints import Fetcher, existing
 from flowmesh_core.contract import Task
 from flowmesh_core.errors import ArtifactError, FlowmeshError, InputError
 from flowmesh_core.rows import RowSource, check_prompt
-from flowmesh_core.specs import OpenBlock
 from flowmesh_core.templates import render_graph_template
-from flowmesh_core.validation import validate_model
+from flowmesh_core.validation import OpenBlock, validate_model
 
 __all__ = ["resolve_eval_rows", "resolve_rows"]
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from flowmesh_core.checking import check_spec
 from flowmesh_core.config import load_plugin_settings, load_settings, plugin_variables
-from flowmesh_core.errors import FlowmeshError, PluginError
+from flowmesh_core.errors import FlowmeshError, PluginError, PluginLoadError
 from flowmesh_core.executor import ExecutorInfo
 from flowmesh_core.importing import import_target
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.registry import ExecutorRegistry
+from flowmesh_core.validation import as_model
 
 __all__ = [
     "TARGETS",
@@ -38,7 +39,10 @@ def load_rows(name: str, only: Sequence[str], disabled: Sequence[str]) -> list[d
     import logging  # noqa: PLC0415 - only there
 
     logging.disable()  # what is wrong stands in the rows
-    return rows_of(name, only, disabled)
+    try:
+        return rows_of(name, only, disabled)
+    except KeyboardInterrupt as exc:  # nobody's Ctrl-C gets here, and Python would make it a signal
+        raise PluginLoadError(f"KeyboardInterrupt: {exc}") from exc
 
 
 def rows_of(name: str, only: Sequence[str], disabled: Sequence[str]) -> list[dict[str, Any]]:
@@ -96,7 +100,7 @@ def build_schema(info: ExecutorInfo, field: str) -> dict[str, Any]:
     target = getattr(info, field)
     if not target:
         raise PluginError(f"executor {info.name!r} declares no {field}")
-    model = import_target(target)
+    model = as_model(import_target(target), target)
     schema: dict[str, Any] = model.model_json_schema()
     if field == "settings":
         variables = plugin_variables(model, plugin=info.name)

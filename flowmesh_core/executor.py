@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import enum
 import json
 import logging
@@ -14,7 +13,14 @@ from typing import Any
 
 import attrs
 
-from flowmesh_core.errors import CancelledError, DeadlineError, FlowmeshError, PluginError
+from flowmesh_core.errors import (
+    CancelledError,
+    DeadlineError,
+    ExecutionError,
+    FlowmeshError,
+    PluginError,
+    PluginLoadError,
+)
 from flowmesh_core.inputs import Inputs
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "Outcome",
     "RunContext",
     "RunResult",
+    "as_executor_class",
 ]
 
 API_VERSION = "1.0"
@@ -217,11 +224,13 @@ class Outcome:
         result: JSON object, as the task type's result model has it.
         error: Why it failed; None when it succeeded.
         artifacts: Files to ship.
+        folder: Of a child task: its folder on the worker. The core sets it.
     """
 
     result: Mapping[str, Any] = attrs.field(factory=dict)
     error: FlowmeshError | None = None
     artifacts: tuple[Artifact, ...] = attrs.field(default=(), converter=_files)
+    folder: Path | None = None
 
     @property
     def ok(self) -> bool:
@@ -234,6 +243,7 @@ class Outcome:
             "result": self.result,
             "error": self.error and self.error.to_dict(),
             "artifacts": [attrs.asdict(artifact) for artifact in self.artifacts],
+            "folder": self.folder and str(self.folder),
         }
 
     @classmethod
@@ -243,6 +253,7 @@ class Outcome:
             result=data["result"],
             error=data["error"] and FlowmeshError.from_dict(data["error"]),
             artifacts=[Artifact(**fields) for fields in data["artifacts"]],
+            folder=data["folder"] and Path(data["folder"]),
         )
 
 
@@ -421,19 +432,19 @@ class RunContext:
             raise DeadlineError(f"task {self.task_id} reached its deadline")
 
 
-class Executor(abc.ABC):
+class Executor:
     """Base of all executors. One instance serves one engine key, perhaps for many tasks.
 
-    The core creates an instance for the first task of an engine key, calls ``load`` once, then
-    ``run`` for each task that agrees on the key, and ``unload`` at the end.
+    A subclass defines ``run``, ``run_group`` or both. The core creates an instance for the first
+    task of an engine key, calls ``load`` once, then ``run`` for each task that agrees on the key,
+    and ``unload`` at the end.
     """
 
     def __init__(self, settings: Any = None) -> None:
         self.settings = settings
 
-    @abc.abstractmethod
     def run(self, ctx: RunContext) -> RunResult | Awaitable[RunResult]:
-        """Do the work of one task.
+        """Do the work of one task; where a subclass does not say how, as a group of one.
 
         A plain method has its process's main thread, or a thread of its own when it runs inline;
         a coroutine runs on an event loop and must not block it. Files go under ``ctx.folder`` only.
@@ -445,6 +456,16 @@ class Executor(abc.ABC):
             FlowmeshError: Raised as it is; its ``retriable`` says whether to try again.
             Exception: Anything else is reported as a failed execution.
         """
+        answers = list(self.run_group([ctx]))
+        if not answers:
+            ctx.check()
+        named = [task_id for task_id, _ in answers]
+        if named != [ctx.task_id]:
+            raise ExecutionError(f"run_group must answer {ctx.task_id!r} once, got answers {named}")
+        answer = answers[0][1]
+        if isinstance(answer, Outcome) and answer.error is not None:
+            raise answer.error
+        return answer
 
     def run_group(self, ctxs: Sequence[RunContext]) -> Iterable[tuple[str, RunResult]]:
         """Do the work of several tasks that agree on ``group_key``; needs ``Capability.GROUP``.
@@ -456,9 +477,9 @@ class Executor(abc.ABC):
         Returns:
             Task id and answer of each member, once each, as soon as the member has finished.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no run_group")
 
-    def load(self, ctx: RunContext) -> None:  # noqa: B027 - light executors load nothing
+    def load(self, ctx: RunContext) -> None:
         """Load the engine; called once, before the first ``run``, with that task's context."""
 
     def sleep(self) -> bool | Awaitable[bool]:
@@ -477,8 +498,21 @@ class Executor(abc.ABC):
         """Undo ``sleep``; called as that is, before the next task, which fails if this raises."""
         return None
 
-    def unload(self) -> None:  # noqa: B027 - as above
+    def unload(self) -> None:
         """Free what ``load`` took, asleep or not.
 
         Comes even after ``run`` raised, and may come twice.
         """
+
+
+def as_executor_class(found: object, target: str) -> type[Executor]:
+    """Return what a declaration's ``target`` names.
+
+    Raises:
+        PluginLoadError: It is no ``Executor``, or has neither ``run`` nor ``run_group``.
+    """
+    if not (isinstance(found, type) and issubclass(found, Executor)):
+        raise PluginLoadError(f"{target} must be a subclass of flowmesh_core.Executor")
+    if found.run is Executor.run and found.run_group is Executor.run_group:
+        raise PluginLoadError(f"{target} must define run, or run_group for several tasks at once")
+    return found

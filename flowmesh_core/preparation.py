@@ -26,7 +26,7 @@ from flowmesh_core.places.base import Place, PlaceContext
 from flowmesh_core.plugins import Plugins, load_driver
 from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.templates import render_env
-from flowmesh_core.validation import validate_model
+from flowmesh_core.validation import as_model, validate_model
 from flowmesh_core.wire import encode_json
 
 __all__ = ["Preparation"]
@@ -82,7 +82,7 @@ class Preparation:
         if not info.spec or info.environment:
             return spec
         if info.name not in self._models:
-            self._models[info.name] = import_target(info.spec)
+            self._models[info.name] = as_model(import_target(info.spec), info.spec)
         where = f"task {task.task_id}"
         return validate_model(self._models[info.name], spec, where=where, prefix="spec")
 

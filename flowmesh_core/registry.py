@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from flowmesh_core.errors import (
     PluginLoadError,
     UnknownTaskTypeError,
 )
-from flowmesh_core.executor import Capability, Executor, ExecutorInfo
+from flowmesh_core.executor import Capability, Executor, ExecutorInfo, as_executor_class
 from flowmesh_core.importing import import_target, is_importable
 from flowmesh_core.inputs import detect_model_format
+from flowmesh_core.validation import as_model
 
-__all__ = ["ExecutorRegistry", "missing_packages"]
+__all__ = ["ExecutorRegistry", "find_misfits", "missing_packages"]
 
 
 def missing_packages(info: ExecutorInfo) -> tuple[str, ...]:
@@ -25,6 +27,22 @@ def missing_packages(info: ExecutorInfo) -> tuple[str, ...]:
     if info.environment:
         return info.missing
     return tuple(name for name in info.needs if not is_importable(name))
+
+
+def find_misfits(info: ExecutorInfo) -> list[str]:
+    """Return which models of a declaration are none; what cannot be imported is not looked at."""
+    faults = []
+    for field in ("spec", "result"):
+        target = getattr(info, field)
+        if not target or info.environment:
+            continue
+        with contextlib.suppress(PluginLoadError):
+            found = import_target(target)
+            try:
+                as_model(found, target)
+            except PluginLoadError as exc:
+                faults.append(f"ExecutorInfo.{field}: {exc}")
+    return faults
 
 
 class ExecutorRegistry:
@@ -70,13 +88,17 @@ class ExecutorRegistry:
 
         Raises:
             PluginConflictError: The name is taken.
+            PluginLoadError: The class is no ``Executor``, or has nothing to run tasks with; or a
+                model that is declared is none.
         """
         if info.name in self._infos:
             raise PluginConflictError(f"executor name {info.name!r} is already registered")
-        self._infos[info.name] = info
         if cls is not None:
-            self._classes[info.name] = cls
+            if misfits := find_misfits(info):
+                raise PluginLoadError(f"executor {info.name!r}: {'; '.join(misfits)}")
+            self._classes[info.name] = as_executor_class(cls, info.target)
             self._from_code.add(info.name)
+        self._infos[info.name] = info
 
     def places(self, info: ExecutorInfo) -> tuple[str, ...]:
         """Return where an executor can run; a class that came from code only exists here."""
@@ -86,8 +108,8 @@ class ExecutorRegistry:
         """Import the executor's class.
 
         Raises:
-            PluginLoadError: It cannot be imported, is no ``Executor`` or lives in another
-                environment.
+            PluginLoadError: It cannot be imported, is no ``Executor``, has nothing to run tasks
+                with or lives in another environment.
         """
         cls = self._classes.get(info.name)
         if cls is None and info.environment:
@@ -96,9 +118,7 @@ class ExecutorRegistry:
                 "imported here; run it in the place 'process'"
             )
         if cls is None:
-            cls = import_target(info.target)
-            if not (isinstance(cls, type) and issubclass(cls, Executor)):
-                raise PluginLoadError(f"{info.target} must be a subclass of flowmesh_core.Executor")
+            cls = as_executor_class(import_target(info.target), info.target)
             self._classes[info.name] = cls
         return cls
 

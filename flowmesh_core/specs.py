@@ -2,6 +2,7 @@
 
 Defaults and ranges are those of the contract. A plugin subclasses a spec to add its own block;
 an unknown key in a block is refused with the nearest name, and another engine's block is ignored.
+Where unknown keys pass, in a spec and in ``model``, null means that a key is not there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from flowmesh_core.validation import StrictBlock, show_value
+from flowmesh_core.validation import OpenBlock, StrictBlock, show_value
 
 __all__ = [
     "Adapter",
@@ -63,10 +64,10 @@ def _number_as_text(value: Any) -> Any:
 IdText = Annotated[str, BeforeValidator(_number_as_text)]
 
 
-class OpenBlock(BaseModel):
-    """A block that other readers share, so that unknown keys pass."""
+class OpenResult(BaseModel):
+    """A result, or a part of one, to which whoever writes it may add keys."""
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    model_config = ConfigDict(extra="allow")
 
 
 class TaskSpec(OpenBlock):
@@ -282,13 +283,8 @@ class InferenceSpec(TaskSpec):
     inference: InferenceParams = Field(default_factory=InferenceParams)
     postprocess: Postprocess = Field(default_factory=Postprocess)
 
-    @field_validator("model", "checkpoint", "inference", "postprocess", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any) -> Any:
-        return {} if value is None else value
 
-
-class Usage(OpenBlock):
+class Usage(OpenResult):
     """Token counts without padding and the wall time, in seconds, of the work they stand for."""
 
     prompt_tokens: int = 0
@@ -298,7 +294,7 @@ class Usage(OpenBlock):
     num_requests: int = 0
 
 
-class Choice(OpenBlock):
+class Choice(OpenResult):
     """One of ``n`` answers to a prompt.
 
     ``logprobs`` has one entry per token: ``token``, its natural ``logprob`` and the likeliest
@@ -323,7 +319,7 @@ class InferenceItem(Choice):
     choices: list[Choice] | None = None
 
 
-class InferenceResult(OpenBlock):
+class InferenceResult(OpenResult):
     """Result of ``inference``: one item per prompt, in order of the rows."""
 
     ok: Literal[True] = True
@@ -339,7 +335,7 @@ class EmbeddingSpec(TaskSpec):
     normalize: bool = True
 
 
-class EmbeddingResult(OpenBlock):
+class EmbeddingResult(OpenResult):
     """Result of ``embedding``: ``items[i].embedding`` is a vector of ``dimensions`` floats."""
 
     ok: Literal[True] = True
@@ -408,13 +404,8 @@ class ServeSpec(TaskSpec):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     serve: ServeParams = Field(default_factory=ServeParams)
 
-    @field_validator("model", "checkpoint", "serve", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any) -> Any:
-        return {} if value is None else value
 
-
-class ServeResult(OpenBlock):
+class ServeResult(OpenResult):
     """Result of ``serve``, reported once the endpoint has answered a request.
 
     ``endpoint`` is the base URL that OpenAI's clients take, ``model`` the id to ask for, ``pid``

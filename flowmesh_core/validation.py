@@ -15,10 +15,18 @@ from pydantic import (
     model_validator,
 )
 
-from flowmesh_core.errors import ContractError
+from flowmesh_core.errors import ContractError, PluginLoadError
 from flowmesh_core.wire import MAX_DEPTH
 
-__all__ = ["CommaSeparated", "StrictBlock", "describe_problems", "show_value", "validate_model"]
+__all__ = [
+    "CommaSeparated",
+    "OpenBlock",
+    "StrictBlock",
+    "as_model",
+    "describe_problems",
+    "show_value",
+    "validate_model",
+]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -41,6 +49,31 @@ def show_value(value: object) -> str:
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     return type(value).__name__
+
+
+def as_model(found: object, target: str) -> type[BaseModel]:
+    """Return the model that a declaration's ``target`` names.
+
+    Raises:
+        PluginLoadError: It is none.
+    """
+    if isinstance(found, type) and issubclass(found, BaseModel):
+        return found
+    told = found.__name__ if isinstance(found, type) else type(found).__name__
+    raise PluginLoadError(f"{target} must be a subclass of pydantic.BaseModel, got {told}")
+
+
+class OpenBlock(BaseModel):
+    """A block that other readers share: unknown keys pass, and null is what is not there."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
 
 
 class StrictBlock(BaseModel):

@@ -30,7 +30,14 @@ from typing import Any, Literal, NoReturn
 import attrs
 
 from flowmesh_core.errors import CancelledError, ExecutionError, FlowmeshError, PluginError
-from flowmesh_core.executor import API_VERSION, Executor, ExecutorInfo, Outcome, RunContext
+from flowmesh_core.executor import (
+    API_VERSION,
+    Executor,
+    ExecutorInfo,
+    Outcome,
+    RunContext,
+    as_executor_class,
+)
 from flowmesh_core.inputs import Inputs
 from flowmesh_core.places.connection import Connection, give_up
 from flowmesh_core.places.settle import answer_group, as_execution_error, as_outcome
@@ -206,10 +213,7 @@ class _Child:
 
             model = import_target(self._info.settings)
             self._settings = load_plugin_settings(model, plugin=self._info.name)
-        cls = import_target(self._info.target)
-        if not (isinstance(cls, type) and issubclass(cls, Executor)):
-            raise PluginError(f"{self._info.target} must be a subclass of flowmesh_core.Executor")
-        return cls
+        return as_executor_class(import_target(self._info.target), self._info.target)
 
     def _serve_in_turn(self, executor: Executor, group: list[_Run] | None) -> None:
         while group is not None:

@@ -52,6 +52,7 @@ class Store(abc.ABC):
 
         Raises:
             UploadError: As ``upload``.
+            ArchiveError: What the file was given up with, as it is.
         """
         await parcel.whole()
         told = await self.upload(parcel.task_id, parcel.path, parcel.final, destination)

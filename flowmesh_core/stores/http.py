@@ -20,7 +20,7 @@ from flowmesh_core.artifacts.network import NetworkPolicy, build_async_client
 from flowmesh_core.artifacts.parcel import Parcel, Receipt
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Destination
-from flowmesh_core.errors import ArtifactError, UploadError
+from flowmesh_core.errors import ArchiveError, ArtifactError, UploadError
 from flowmesh_core.stores.base import Store
 from flowmesh_core.stores.multipart import FileForm
 from flowmesh_core.stores.pace import Pace
@@ -180,6 +180,8 @@ class HttpStore(Store):
         hopeless = (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.InvalidURL)
         try:
             status = await request(self._client)
+        except ArchiveError:  # why there is no file to send
+            raise
         except ArtifactError as exc:  # the operator's policy, in its own words
             raise UploadError(f"{what} was not sent: {exc}", retriable=False) from exc
         except (*hopeless, httpx.TooManyRedirects, UnicodeError) as exc:

@@ -218,8 +218,8 @@ def do_write_after_stop(ctx: RunContext) -> None:
 
 def do_child(ctx: RunContext) -> Any:
     outcome = ctx.run_task(ctx.spec["child"]).result(30)
-    error = outcome.error
-    return {"result": dict(outcome.result), "error": str(error) if error else None}
+    error = str(outcome.error) if outcome.error else None
+    return {"result": dict(outcome.result), "error": error, "folder": str(outcome.folder)}
 
 
 def do_huge(ctx: RunContext) -> Any:
@@ -296,12 +296,6 @@ class Groups(Executor):
     """Takes tasks together; ``spec.do`` says what one of them does."""
 
     runs = 0
-
-    def run(self, ctx: RunContext) -> Mapping[str, Any]:
-        ((_, answer),) = list(self.run_group([ctx]))
-        if isinstance(answer, Outcome) and answer.error:
-            raise answer.error
-        return answer if isinstance(answer, Mapping) else answer.result
 
     def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
         type(self).runs += 1

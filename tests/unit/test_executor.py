@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ from typing import Any
 import attrs
 import pytest
 
-from flowmesh_core.errors import CancelledError, DeadlineError, ExecutionError, PluginError
+from flowmesh_core.errors import (
+    CancelledError,
+    DeadlineError,
+    ExecutionError,
+    InputError,
+    PluginError,
+    PluginLoadError,
+)
 from flowmesh_core.executor import (
     API_VERSION,
     Artifact,
@@ -24,6 +31,7 @@ from flowmesh_core.executor import (
     Outcome,
     RunContext,
     RunResult,
+    as_executor_class,
 )
 
 FULL = ExecutorInfo(
@@ -359,12 +367,65 @@ def test_executor_needs_run_and_nothing_else() -> None:
     assert Upper().settings is None
 
 
-def test_executor_without_run_cannot_be_made() -> None:
+class Choir(Executor):
+    """Answers with what the spec of a task lists, under ``task_id`` when that is set."""
+
+    task_id = ""
+    ended = False
+
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, RunResult]]:
+        for ctx in ctxs:
+            for answer in ctx.spec:
+                yield self.task_id or ctx.task_id, answer
+        self.ended = True
+
+
+def test_executor_that_only_groups_runs_one_task_as_a_group_of_one() -> None:
+    choir = Choir()
+    assert choir.run(context(spec=[{"sung": "la"}])) == {"sung": "la"}
+    assert choir.ended, "what it does after its answer is done too"
+    outcome = Outcome(result={"sung": "lo"}, artifacts=[Artifact("lo.wav")])
+    assert choir.run(context(spec=[outcome])) is outcome
+
+
+def test_what_a_group_of_one_answers_as_its_failure_is_raised() -> None:
+    error = InputError("nothing to sing")
+    with pytest.raises(InputError, match="nothing to sing") as caught:
+        Choir().run(context(spec=[Outcome(error=error)]))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("task_id", "times", "got"), [("", 0, r"\[\]"), ("", 2, r"\['a', 'a'\]"), ("b", 1, r"\['b'\]")]
+)
+def test_a_group_of_one_has_one_answer(task_id: str, times: int, got: str) -> None:
+    choir = Choir()
+    choir.task_id = task_id
+    with pytest.raises(ExecutionError, match=rf"must answer 'a' once, got answers {got}$"):
+        choir.run(context(spec=[{}] * times))
+
+
+def test_a_group_of_one_that_was_left_out_was_stopped() -> None:
+    with pytest.raises(CancelledError, match="task a was cancelled"):
+        Choir().run(context(spec=[], is_cancelled=lambda: True))
+    with pytest.raises(DeadlineError, match="task a reached its deadline"):
+        Choir().run(context(Clock(9.0), spec=[], deadline=8.0))
+
+
+def test_executor_with_nothing_to_run_tasks_is_refused_by_name() -> None:
     class Idle(Executor):
+        def load(self, ctx: RunContext) -> None:
+            """Load nothing."""
+
+    class Sings(Idle, Choir):
         pass
 
-    with pytest.raises(TypeError, match="abstract"):
-        Idle()  # type: ignore[abstract]
+    with pytest.raises(PluginLoadError, match=r"^acme\.tts:Idle must define run, or run_group for"):
+        as_executor_class(Idle, "acme.tts:Idle")
+    for cls in (Upper, Choir, Sings):
+        assert as_executor_class(cls, "acme.tts:X") is cls
+    with pytest.raises(NotImplementedError, match="Upper defines no run_group"):
+        Upper().run_group([context()])
 
 
 # Across processes.
@@ -372,7 +433,9 @@ def test_executor_without_run_cannot_be_made() -> None:
 
 def test_an_outcome_is_the_same_on_the_other_side() -> None:
     outcome = Outcome(
-        result={"a": [1, {"b": None}]}, artifacts=[Artifact("x.bin"), Artifact("y", "exported")]
+        result={"a": [1, {"b": None}]},
+        artifacts=[Artifact("x.bin"), Artifact("y", "exported")],
+        folder=Path("/out/children/1"),
     )
     assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
     failed = Outcome.from_dict(json.loads(json.dumps(Outcome(error=PluginError("no")).to_dict())))

@@ -15,7 +15,7 @@ import pytest
 from flowmesh_core.artifacts.parcel import Parcel, Receipt
 from flowmesh_core.config import Settings
 from flowmesh_core.contract import Destination
-from flowmesh_core.errors import UploadError
+from flowmesh_core.errors import ArchiveError, UploadError
 from flowmesh_core.stores import retry
 from flowmesh_core.stores.fsspec import FsspecStore
 
@@ -92,6 +92,26 @@ def test_a_result_is_written_as_it_would_be_posted(memory: Any) -> None:
         "result": {"ok": True, "again": 1},
         "worker_id": "w1",
     }
+
+
+def test_a_file_that_will_never_be_whole_is_never_stored(memory: Any, tmp_path: Path) -> None:
+    path = tmp_path / "final_model.tar.gz"
+    path.write_bytes(b"a" * 300_000)
+
+    async def work(store: FsspecStore) -> Receipt:
+        parcel = Parcel("t1", path, path, growing=True)
+        there = Destination(type="fsspec", url="memory://bucket/results")
+        sending = asyncio.ensure_future(store.send(parcel, there))
+        parcel.grow(300_000)
+        while not names(memory):
+            await asyncio.sleep(0.01)
+        parcel.give_up(ArchiveError("the folder is gone", retriable=True))
+        return await sending
+
+    with pytest.raises(ArchiveError, match=r"^the folder is gone$") as caught:
+        run(work)
+    assert caught.value.retriable
+    assert names(memory) == []
 
 
 def test_a_file_is_written_while_it_grows(memory: Any, tmp_path: Path) -> None:

@@ -577,10 +577,11 @@ def test_a_file_that_will_never_be_whole_is_never_stored(
         path.write_bytes(b"a" * 300_000)
         parcel.grow(300_000)
         assert await asyncio.to_thread(receiver.begun.wait, 10)
-        parcel.give_up(ArchiveError("the folder is gone"))
+        parcel.give_up(ArchiveError("the folder is gone", retriable=True))
 
-    with pytest.raises(UploadError, match="was not sent: the folder is gone"):
+    with pytest.raises(ArchiveError, match=r"^the folder is gone$") as caught:
         send_growing(receiver, path, grow)
+    assert caught.value.retriable
     assert receiver.files == {}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import attrs
 import pytest
 
-from flowmesh_core.errors import ExecutorUnavailableError
-from flowmesh_core.executor import ExecutorInfo
+from flowmesh_core.errors import ExecutorUnavailableError, PluginLoadError
+from flowmesh_core.executor import Executor, ExecutorInfo
 from flowmesh_core.registry import ExecutorRegistry
 
 HUB = {"model": {"source": {"identifier": "acme/small"}}}
@@ -142,3 +142,17 @@ def test_whoever_chooses_gets_the_candidates_best_first() -> None:
         registry.resolve("inference", NO_MODEL, enforce_cpu=True)
     best_first = {("vllm", "transformers", "llamacpp"), ("llamacpp", "transformers", "vllm")}
     assert {tuple(names) for names in seen} == best_first
+
+
+def test_a_class_that_cannot_run_tasks_is_refused_and_its_name_stays_free() -> None:
+    class Idle(Executor):
+        pass
+
+    registry = ExecutorRegistry()
+    info = declare("acme", target="acme.tts:Idle")
+    with pytest.raises(PluginLoadError, match=r"acme\.tts:Idle must define run, or run_group"):
+        registry.register(info, Idle)
+    with pytest.raises(PluginLoadError, match=r"must be a subclass of flowmesh_core\.Executor"):
+        registry.register(info, str)  # type: ignore[arg-type]
+    assert not registry.infos
+    assert registry.places(info) == info.places

@@ -484,3 +484,30 @@ def test_progress_of_a_task_that_a_task_starts_stays_in_its_folder(tmp_path: Pat
     assert run.ok, run.error
     assert [values["message"] for values in run.progress] == ["parent"]
     assert "child" in (run.folder / "children" / "1" / "metrics.jsonl").read_text()
+
+
+class Splits(Executor):
+    async def run(self, ctx: RunContext) -> Any:
+        if name := ctx.spec.get("name"):
+            (ctx.folder / "name.txt").write_text(name)
+            return Outcome(error=ExecutionError("no"), folder=Path("/")) if name == "b" else {}
+        parts = await asyncio.gather(
+            *(ctx.run_task({"taskType": "test", "name": name}) for name in "abc")
+        )
+        names = [part.folder and (part.folder / "name.txt").read_text() for part in parts]
+        return {"names": names, "parents": [str(part.folder.parent) for part in parts]}
+
+
+def test_the_outcome_of_a_child_task_tells_its_folder_also_when_it_failed(tmp_path: Path) -> None:
+    info = ExecutorInfo(
+        name="test.splits",
+        task_types={"test"},
+        target="x:y",
+        places=["inline"],
+        capabilities={Capability.CPU, Capability.CONCURRENT},
+    )
+    run = run_task(Splits, {}, info=info, folder=tmp_path)
+    assert run.ok, run.error
+    assert run.result["names"] == ["a", "b", "c"]
+    assert run.result["parents"] == [str(run.folder / "children")] * 3
+    assert run.outcome.folder is None

@@ -9,23 +9,26 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from flowmesh_core.errors import ContractError
 from flowmesh_core.specs import (
+    CheckpointLoad,
     EmbeddingResult,
     EmbeddingSpec,
     InferenceParams,
     InferenceResult,
     InferenceSpec,
     JsonlExport,
+    Model,
     ResponseFormat,
     ServeResult,
     ServeSpec,
     TaskSpec,
+    Usage,
     refuse_fields,
 )
-from flowmesh_core.validation import validate_model
+from flowmesh_core.validation import StrictBlock, validate_model
 
 SPECS = {
     path.stem: spec
@@ -389,6 +392,49 @@ def test_embedding_normalizes_unless_told_otherwise() -> None:
 def test_bare_task_spec_keeps_what_it_does_not_know() -> None:
     spec = read(TaskSpec, {"taskType": "x", "anything": [1]})
     assert (spec.task_type, spec.model_extra) == ("x", {"anything": [1]})
+
+
+class Voice(StrictBlock):
+    speed: float = 1.0
+
+
+class VoiceModel(Model):
+    acme: Voice = Field(default_factory=Voice)
+
+
+class VoiceSpec(TaskSpec):
+    text: str
+    model: VoiceModel = Field(default_factory=VoiceModel)
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        {"model": None, "more": None},
+        {"model": {"acme": None, "source": None, "adapters": None, "other": None}},
+    ],
+)
+def test_null_is_absent_in_a_spec_of_ones_own(absent: dict[str, Any]) -> None:
+    spec = read(VoiceSpec, {"text": "hi", **absent})
+    assert spec == read(VoiceSpec, {"text": "hi"})
+    assert (spec.model_extra, spec.model.model_extra) == ({}, {})
+
+
+def test_null_in_one_spelling_leaves_the_other() -> None:
+    raw = {"text": "hi", "model": {"adapters": [{"taskId": None, "task_id": "a", "headers": None}]}}
+    (adapter,) = read(VoiceSpec, raw).model.adapters
+    assert (adapter.task_id, adapter.headers) == ("a", {})
+    assert problem_of(CheckpointLoad, {"archive_format": None, "timeoutSec": 0}) == (
+        "spec.timeoutSec must be greater than 0, got 0"
+    )
+
+
+def test_null_is_not_what_is_required_nor_a_value_in_a_result() -> None:
+    raw = {"model": {"adapters": [{"path": None}]}}
+    problem = "spec.model.adapters[0]: one of path, url, taskId is required"
+    assert problem_of(VoiceSpec, {"text": None, **raw}) == f"spec.text is required; {problem}"
+    with pytest.raises(ValidationError, match="prompt_tokens"):
+        Usage.model_validate({"prompt_tokens": None})
 
 
 def test_results_are_read_in_the_contracts_shape() -> None:

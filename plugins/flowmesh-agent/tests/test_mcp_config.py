@@ -9,7 +9,7 @@ from flowmesh_agent.mcp_config import (
     MAX_FILE_BYTES,
     McpServer,
     allowed_tools,
-    find_server,
+    find_servers,
     read_servers,
     server_secrets,
 )
@@ -80,21 +80,25 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_a_document_names_a_server_or_a_url(tmp_path: Path) -> None:
-    known = read(FILE, tmp_path)
-    settings = AgentSettings(http_allow=("*.example.org",))
-    assert find_server("tickets", McpUse(), known, settings) == (
-        known["tickets"],
-        HostRules(hosts=("tickets.example.org",)),
-    )
-    assert find_server("x", McpUse(server="search"), known, settings)[0] is known["search"]
+    path = tmp_path / "mcp.yaml"
+    path.write_text(FILE)
+    known = read_servers(path, ENVIRON)
+    settings = AgentSettings(mcp=path, http_allow=("*.example.org",))
+
+    def find(**uses: McpUse) -> dict[str, tuple[McpServer, HostRules]]:
+        return find_servers(uses, settings, ENVIRON)
+
     url = "https://a.example.org/mcp"
-    server, rules = find_server("x", McpUse(url=url, headers={"k": "v"}), known, settings)
-    assert (server.url, server.headers, server.command) == (url, {"k": "v"}, None)
-    assert rules.hosts == ("*.example.org",)
+    own = McpUse(url=url, headers={"k": "v"})
+    assert find(tickets=McpUse(), x=McpUse(server="search"), own=own) == {
+        "tickets": (known["tickets"], HostRules(hosts=("tickets.example.org",))),
+        "x": (known["search"], HostRules(hosts=("",))),
+        "own": (McpServer(url=url, headers={"k": "v"}), HostRules(hosts=("*.example.org",))),
+    }
     with pytest.raises(InputError, match=r"no MCP server 'x'; it has search, tickets"):
-        find_server("x", McpUse(), known, settings)
+        find(x=McpUse())
     with pytest.raises(InputError, match=r"mcp\.x: host other\.example is not among"):
-        find_server("x", McpUse(url="https://other.example/"), known, settings)
+        find(x=McpUse(url="https://other.example/"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,17 +11,17 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from flowmesh_agent.hosts import HostRules
+from flowmesh_agent.references import resolve_references
 from flowmesh_agent.settings import AgentSettings
 from flowmesh_agent.spec import McpUse, ShortName
 from flowmesh_agent.tools import explain
 from flowmesh_core import ArtifactError, ConfigError, InputError, StrictBlock
 
-__all__ = ["McpServer", "allowed_tools", "find_server", "read_servers", "server_secrets"]
+__all__ = ["McpServer", "allowed_tools", "find_servers", "read_servers", "server_secrets"]
 
 MAX_FILE_BYTES = 2**18
 
 _PREFIX = "FLOWMESH_AGENT_MCP_"
-_REFERENCE = re.compile(r"\$\{env\.([^{}]*)\}")
 
 
 class McpServer(StrictBlock):
@@ -95,37 +94,41 @@ def read_servers(path: Path | None, environ: Mapping[str, str]) -> dict[str, Mcp
 
 
 def _resolve(server: McpServer, environ: Mapping[str, str]) -> McpServer:
-    def value_of(found: re.Match[str]) -> str:
-        name = found[1]
-        if not name.startswith(_PREFIX) or name not in environ:
-            raise ConfigError(
-                f"FLOWMESH_AGENT_MCP: ${{env.{name}}} must name a variable that is set and begins"
-                f" with {_PREFIX}"
-            )
-        return environ[name]
-
     def resolve(values: Mapping[str, str]) -> dict[str, str]:
-        return {name: _REFERENCE.sub(value_of, value) for name, value in values.items()}
+        return {
+            name: resolve_references(value, environ, prefix=_PREFIX)
+            for name, value in values.items()
+        }
 
-    return server.model_copy(
-        update={"env": resolve(server.env), "headers": resolve(server.headers)}
-    )
+    try:
+        return server.model_copy(
+            update={"env": resolve(server.env), "headers": resolve(server.headers)}
+        )
+    except ValueError as exc:
+        raise ConfigError(f"FLOWMESH_AGENT_MCP: {exc}") from None
 
 
-def find_server(
-    name: str, use: McpUse, known: Mapping[str, McpServer], settings: AgentSettings
-) -> tuple[McpServer, HostRules]:
-    """Return the server that a document means, and where its client may go.
+def find_servers(
+    uses: Mapping[str, McpUse], settings: AgentSettings, environ: Mapping[str, str]
+) -> dict[str, tuple[McpServer, HostRules]]:
+    """Return the servers that a document means, and where the client of each may go.
 
     Args:
-        name: Of the block in the document.
-        use: The block.
-        known: The operator's.
-        settings: The operator's, too.
+        uses: Blocks of the document by their names.
+        settings: The operator's, with the file of the servers.
+        environ: Where references of that file lead.
 
     Raises:
-        InputError: The server is not known, or its host not allowed.
+        InputError: A server is not known, or its host not allowed.
+        ConfigError: The operator's file cannot be read.
     """
+    known = read_servers(settings.mcp, environ)
+    return {name: _find_server(name, use, known, settings) for name, use in uses.items()}
+
+
+def _find_server(
+    name: str, use: McpUse, known: Mapping[str, McpServer], settings: AgentSettings
+) -> tuple[McpServer, HostRules]:
     if use.url is None:
         wanted = use.server or name
         if wanted not in known:

@@ -24,14 +24,14 @@ from pydantic_ai.messages import BinaryContent
 from pydantic_ai.toolsets import WrapperToolset
 
 from flowmesh_agent.hosts import HostRules
-from flowmesh_agent.mcp_config import McpServer, allowed_tools, find_server, read_servers
+from flowmesh_agent.mcp_config import McpServer, allowed_tools
 from flowmesh_agent.network import build_http_client
 from flowmesh_agent.spec import McpUse
 from flowmesh_agent.tools import ToolContext
 from flowmesh_agent.toolset import within
 from flowmesh_core import ExecutionError, FlowmeshError, InputError, SecretMask
 
-__all__ = ["open_servers"]
+__all__ = ["open_server"]
 
 MAX_TOOLS = 128
 MAX_SCHEMA_CHARS = 20_000
@@ -41,29 +41,28 @@ _LOG_CHARS = 2_000
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # Source: names of functions in OpenAI's API
 
 
-def open_servers(uses: Mapping[str, McpUse], *, ctx: ToolContext, mask: SecretMask) -> list[Any]:
-    """Return a toolset for each server; entering it starts or reaches the server, leaving ends it.
-
-    Raises:
-        InputError: A server is not known, or its host not allowed.
-        ConfigError: The operator's file cannot be read.
-    """
-    environ = os.environ  # noqa: TID251 - the operator's file names variables of its own
-    known = read_servers(ctx.settings.mcp, environ)
-    found = {name: find_server(name, use, known, ctx.settings) for name, use in uses.items()}
-    return [
-        _open(name, uses[name], server, rules, ctx, mask) for name, (server, rules) in found.items()
-    ]
-
-
-def _open(
+def open_server(
     name: str,
     use: McpUse,
     server: McpServer,
     rules: HostRules,
+    *,
     ctx: ToolContext,
     mask: SecretMask,
 ) -> Any:
+    """Return the toolset of a server; entering it starts or reaches the server, leaving ends it.
+
+    Args:
+        name: Of the block in the document.
+        use: The block.
+        server: What it means.
+        rules: Where its client may go.
+        ctx: What each call is given.
+        mask: Of all secrets, for what the server says of its faults.
+
+    Raises:
+        InputError: The document names a tool that the operator does not.
+    """
     seconds = min(ctx.seconds, server.timeout_s)
     timeout_s = seconds + 5  # our own comes first
     transport = _Program(server, ctx) if server.url is None else _Website(server, rules, timeout_s)

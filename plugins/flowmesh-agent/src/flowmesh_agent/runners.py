@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,34 +65,11 @@ async def open_runners(
             or a model did not get ready.
     """
     from flowmesh_agent.llm import Models  # noqa: PLC0415 - needs the engine
-    from flowmesh_agent.loop import AgentRunner  # noqa: PLC0415 - as above
-    from flowmesh_agent.output import build_output  # noqa: PLC0415 - as above
-    from flowmesh_agent.toolset import build_toolsets  # noqa: PLC0415 - as above
 
     settings: AgentSettings = ctx.settings or AgentSettings()
-    roles: list[Role] = [block, *block.workers.values()]
     sandbox = Sandbox.from_settings(settings)
-    run_task = _Children(ctx).run
+    run_task = functools.partial(_run_task, ctx)
     async with Models(settings, run_task) as models, open_client(settings.http_allow) as http:
-
-        def toolsets(item: ToolContext, role: Role, given: Sequence[Tool[Any]]) -> Sequence[Any]:
-            tools = opened[id(role)]  # once for all items: to look them up takes milliseconds
-            return build_toolsets(role, given, ctx=item, mask=mask, tools=tools)
-
-        def build(folder: Path, budget: Budget, trace: Trace, deadline: float) -> Runner:
-            item = attrs.evolve(shared, folder=folder)
-            return AgentRunner(
-                lead=block,
-                models=models,
-                toolsets=lambda role, given: toolsets(item, role, given),
-                folder=folder,
-                budget=budget,
-                trace=trace,
-                mask=mask,
-                deadline=deadline,
-                clock=ctx.clock,
-            )
-
         shared = ToolContext(
             folder=ctx.folder,
             seconds=block.limits.tool_seconds,
@@ -101,15 +79,59 @@ async def open_runners(
             run_task=run_task,
             log=lambda line: ctx.log(mask.text(line)),
         )
-        opened = {id(role): open_tools(role.tools, settings) for role in roles}
-        for role in roles:
-            toolsets(shared, role, ())
-        if block.output_schema is not None:
-            build_output(block.output_schema, block.output_mode)
-        await _check_sandbox(sandbox, settings, roles, ctx)
-        asked = [role.model or block.model or AgentModel() for role in roles]
+        bench = _Bench(block=block, models=models, shared=shared, mask=mask, clock=ctx.clock)
+        bench.check()
+        await _check_sandbox(sandbox, settings, bench.roles, ctx)
+        asked = [role.model or block.model or AgentModel() for role in bench.roles]
         lead, *_ = await _open_models(models, asked)
-        yield Runners(llm=lead.name, build=build)
+        yield Runners(llm=lead.name, build=bench.build)
+
+
+@attrs.define(kw_only=True, eq=False)
+class _Bench:
+    """What all items of a task share."""
+
+    block: AgentBlock
+    models: Models
+    shared: ToolContext
+    mask: SecretMask
+    clock: Callable[[], float]
+    roles: Sequence[Role] = attrs.field(init=False)
+    tools: Mapping[int, Sequence[Tool[Any]]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.roles = [self.block, *self.block.workers.values()]
+        # Once for all items: to look them up takes milliseconds.
+        self.tools = {id(role): open_tools(role.tools, self.shared.settings) for role in self.roles}
+
+    def check(self) -> None:
+        """Raise what the first item would."""
+        from flowmesh_agent.output import build_output  # noqa: PLC0415 - needs the engine
+
+        for role in self.roles:
+            self._toolsets(self.shared, role, ())
+        if self.block.output_schema is not None:
+            build_output(self.block.output_schema, self.block.output_mode)
+
+    def build(self, folder: Path, budget: Budget, trace: Trace, deadline: float) -> Runner:
+        from flowmesh_agent.loop import AgentRunner  # noqa: PLC0415 - needs the engine
+
+        return AgentRunner(
+            lead=self.block,
+            models=self.models,
+            toolsets=functools.partial(self._toolsets, attrs.evolve(self.shared, folder=folder)),
+            folder=folder,
+            budget=budget,
+            trace=trace,
+            mask=self.mask,
+            deadline=deadline,
+            clock=self.clock,
+        )
+
+    def _toolsets(self, item: ToolContext, role: Role, given: Sequence[Tool[Any]]) -> Sequence[Any]:
+        from flowmesh_agent.toolset import build_toolsets  # noqa: PLC0415 - needs the engine
+
+        return build_toolsets(role, given, ctx=item, mask=self.mask, tools=self.tools[id(role)])
 
 
 async def _open_models(models: Models, asked: Sequence[AgentModel]) -> list[OpenedModel]:
@@ -133,20 +155,12 @@ async def _check_sandbox(
         ctx.log(f"programs of agents are limited, but not jailed: {missing}", level="warning")
 
 
-class _Children:
-    """Runs tasks for agents, and removes what those left that have come to their end.
+async def _run_task(ctx: RunContext, spec: Mapping[str, Any]) -> Outcome:
+    """Run a task for an agent, and remove what it left if it has come to its end.
 
     There may be one for each step of a model; one that failed is kept, to look into.
     """
-
-    def __init__(self, ctx: RunContext) -> None:
-        self._ctx = ctx
-        self._started = 0
-
-    async def run(self, spec: Mapping[str, Any]) -> Outcome:
-        self._started += 1
-        folder = self._ctx.folder / "children" / str(self._started)
-        outcome = await self._ctx.run_task(spec)
-        if outcome.ok and spec.get("taskType") != "serve":  # which still runs
-            shutil.rmtree(folder, ignore_errors=True)
-        return outcome
+    outcome = await ctx.run_task(spec)
+    if outcome.ok and outcome.folder and spec.get("taskType") != "serve":  # which still runs
+        shutil.rmtree(outcome.folder, ignore_errors=True)
+    return outcome

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from flowmesh_agent.references import resolve_references
 from flowmesh_core import ContractError, StrictBlock, TaskSpec, Usage
 
 __all__ = [
@@ -41,22 +42,14 @@ __all__ = [
 ]
 
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
-_REFERENCE = re.compile(r"\$\{env\.([^{}]*)\}")
-_PREFIX = "FLOWMESH_AGENT_"
 
 
 def _look_up(value: object, info: ValidationInfo) -> object:
     """Resolve references where the operator's own file is read, and nowhere else."""
-    environ: Mapping[str, str] = (info.context or {}).get("environ", {})
-    if not environ or not isinstance(value, str):
+    environ: Mapping[str, str] | None = (info.context or {}).get("environ")
+    if environ is None or not isinstance(value, str):
         return value
-
-    def value_of(found: re.Match[str]) -> str:
-        if found[1].startswith(_PREFIX) and found[1] in environ:
-            return environ[found[1]]
-        raise ValueError(f"{found[0]} must name a variable that is set and begins with {_PREFIX}")
-
-    return _REFERENCE.sub(value_of, value)
+    return resolve_references(value, environ, prefix="FLOWMESH_AGENT_")
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -318,13 +311,6 @@ class AgentSpec(TaskSpec):
     )
     task: Annotated[str, Field(pattern=r"\S")] | None = None
     agent: AgentBlock = Field(default_factory=AgentBlock)
-
-    @field_validator("config_name", "agent", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None:
-            return value
-        return "default" if info.field_name == "config_name" else {}
 
     @model_validator(mode="after")
     def _has_one_source(self) -> AgentSpec:

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import math
 import os
+import warnings
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pydantic_ai.tools import ToolDefinition
 from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
 from pydantic_core import SchemaValidator, core_schema
 
+from flowmesh_agent.mcp_config import find_servers
 from flowmesh_agent.spec import Role
 from flowmesh_agent.tools import Tool, ToolContext, explain, open_tools
 from flowmesh_core import SecretMask
@@ -152,7 +154,13 @@ def build_toolsets(
     if given:  # they run whole agents, which the item's own time ends
         toolsets.append(Toolset(given, ctx, math.inf, "form"))
     if role.mcp:
-        from flowmesh_agent.mcp_servers import open_servers  # noqa: PLC0415 - takes a second
+        environ = os.environ  # noqa: TID251 - the operator's file names variables of its own
+        found = find_servers(role.mcp, ctx.settings, environ)
+        with warnings.catch_warnings():  # the library adds a filter for the whole process
+            from flowmesh_agent.mcp_servers import open_server  # noqa: PLC0415 - takes a second
 
-        toolsets += open_servers(role.mcp, ctx=ctx, mask=mask)
+        toolsets += [
+            open_server(name, role.mcp[name], *where, ctx=ctx, mask=mask)
+            for name, where in found.items()
+        ]
     return toolsets

@@ -78,11 +78,6 @@ class LlamacppModel(Model):
 
     llamacpp: LlamacppOptions = Field(default_factory=LlamacppOptions)
 
-    @field_validator("llamacpp", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _refuse_what_cannot_be(self) -> LlamacppModel:
         if self.source:

@@ -52,15 +52,8 @@ class EmbeddingExecutor(Executor):
             self._embedder.close()
             self._embedder = None
 
-    def run(self, ctx: RunContext) -> Outcome:
-        """Give each row of ``data`` its vector."""
-        ((_, outcome),) = self.run_group([ctx])
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome
-
     def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Outcome]]:
-        """Embed the rows of tasks that agree on ``group_key``.
+        """Give each row of ``data`` its vector, for tasks that agree on ``group_key``.
 
         Yields:
             Each task's id with its outcome as soon as it is known. A task that fails or is

@@ -73,15 +73,10 @@ class RagExecutor(Executor):
                 opened.close()
         self._embedder = self._reranker = None
 
-    def run(self, ctx: RunContext) -> Outcome:
-        """Search for every row of ``data``, or for ``query``."""
-        ((_, outcome),) = self.run_group([ctx])
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome
-
     def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Outcome]]:
-        """Search for the queries of tasks that agree on ``group_key``, each text once.
+        """Search for the rows of ``data``, or ``query``, of tasks that agree on ``group_key``.
+
+        Each text is searched for once.
 
         Yields:
             Each task's id with its outcome. A task that fails or is cancelled leaves the others

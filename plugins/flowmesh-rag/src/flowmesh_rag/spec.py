@@ -154,9 +154,12 @@ class SentenceOptions(StrictBlock):
         query_prompt: Put before queries; without it, what the model says.
         document_prompt: Put before documents, likewise.
         trust_remote_code: Run the repository's own code; the operator must allow it.
+        dtype: Numbers that the model computes with; without it, those that it was saved with.
+            Vectors are float32 in any case.
     """
 
     batch_size: int = Field(default=32, ge=1, le=4096)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     dimensions: Count | None = None
     max_tokens: Count | None = None
     query_prompt: str | None = None
@@ -307,11 +310,6 @@ class StoredSpec(TaskSpec):
     store: StoreBlock | None = None
     embedding: RagEmbedding = Field(default_factory=RagEmbedding)
 
-    @field_validator("embedding", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _one_collection(self) -> StoredSpec:
         if (self.qdrant is None) == (self.store is None):
@@ -338,16 +336,6 @@ class RagSpec(StoredSpec):
     search: RagSearch = Field(default_factory=RagSearch)
     rerank: Rerank | None = None
     generate: Generate | None = None
-
-    @field_validator("search", mode="before")
-    @classmethod
-    def _null_search(cls, value: object) -> object:
-        return {} if value is None else value
-
-    @field_validator("query", mode="before")
-    @classmethod
-    def _null_query(cls, value: object) -> object:
-        return [] if value is None else value
 
     @model_validator(mode="after")
     def _needs_queries(self) -> RagSpec:
@@ -415,11 +403,6 @@ class IndexSpec(StoredSpec):
     graph: Literal["auto", "always", "never"] = "auto"
     strict: bool = True
 
-    @field_validator("chunk", mode="before")
-    @classmethod
-    def _null_chunk(cls, value: object) -> object:
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _needs_documents(self) -> IndexSpec:
         problems = []
@@ -439,21 +422,11 @@ class VectorModel(Model):
 
     sentence_transformers: SentenceOptions = Field(default_factory=SentenceOptions)
 
-    @field_validator("sentence_transformers", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
-
 
 class VectorSpec(EmbeddingSpec):
     """Spec of ``embedding`` by sentence-transformers."""
 
     model: VectorModel = Field(default_factory=VectorModel)
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
 
 
 class RagSettings(BaseModel):

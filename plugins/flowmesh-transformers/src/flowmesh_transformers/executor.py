@@ -67,15 +67,8 @@ class TransformersExecutor(Executor):
             self._engine.close()
             self._engine = None
 
-    def run(self, ctx: RunContext) -> Outcome:
-        """Answer every row of ``data``."""
-        ((_, outcome),) = self.run_group([ctx])
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome
-
     def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Outcome]]:
-        """Answer the rows of tasks that agree on ``group_key`` in batches that they share.
+        """Answer the rows of ``data`` of tasks that agree on ``group_key``, in shared batches.
 
         Yields:
             Each task's id with its outcome as soon as it is known. A task that fails or is

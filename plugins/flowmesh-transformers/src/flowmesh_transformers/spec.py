@@ -9,7 +9,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     RootModel,
-    field_validator,
     model_validator,
 )
 
@@ -107,11 +106,6 @@ class TransformersModel(Model):
     """``model`` with the block of Transformers; other engines' blocks are ignored."""
 
     transformers: TransformersOptions = Field(default_factory=TransformersOptions)
-
-    @field_validator("transformers", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
 
 
 class TransformersSpec(InferenceSpec, EmbeddingSpec):

@@ -104,11 +104,6 @@ class VllmModel(Model):
 
     vllm: VllmOptions = Field(default_factory=VllmOptions)
 
-    @field_validator("vllm", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: object) -> object:
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _adapters_fit(self) -> VllmModel:
         at_run_time = [adapter for adapter in self.adapters if adapter.apply == "runtime"]
