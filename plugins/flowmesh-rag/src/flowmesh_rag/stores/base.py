@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -309,6 +310,14 @@ class VectorStore(abc.ABC):
         self.close()
 
 
+@functools.cache
+def _load_store(name: str) -> type[VectorStore]:
+    """Find a kind of store among all that is installed, once for each that is there."""
+    with warnings.catch_warnings():  # libraries leave filters of their own behind
+        found: type[VectorStore] = load_driver(GROUP, name)
+    return found
+
+
 def open_store(
     block: StoreBlock,
     *,
@@ -330,8 +339,7 @@ def open_store(
         InputError: No such store is installed, or it cannot be imported.
     """
     try:
-        with warnings.catch_warnings():  # libraries leave filters of their own behind
-            store = load_driver(GROUP, block.type)
+        store = _load_store(block.type)
     except PluginError as exc:
         raise InputError(f"spec.store.type {block.type!r}: {exc}") from exc
     context = StoreContext(
@@ -340,5 +348,4 @@ def open_store(
         timeout_s=block.timeout_s if timeout_s is None else min(block.timeout_s, timeout_s),
         stop=stop,
     )
-    opened: VectorStore = store(block, context)
-    return opened
+    return store(block, context)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import ssl
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -264,9 +265,16 @@ def _connect(url: str, key: str | None, context: StoreContext) -> Any:
             cloud_inference=True,  # texts go to the server as they are
             check_compatibility=False,  # it would call the server from a thread
             trust_env=not local,
+            verify=_certificates(trust_env=not local),
             limits=httpx.Limits(max_keepalive_connections=4),
             **client_hooks(context.policy),
         )
+
+
+@functools.cache
+def _certificates(*, trust_env: bool) -> ssl.SSLContext:
+    """Read the authorities once for all clients, which takes longer than many a search."""
+    return httpx.create_ssl_context(trust_env=trust_env)
 
 
 def _is_local(host: str) -> bool:
