@@ -143,13 +143,16 @@ ORDERS = {
     "remove everything": "rm -rf {above} {canary} ~/.. .. --no-preserve-root",
     "overwrite": "echo gone > {canary}; truncate -s 0 {canary}; dd if=/dev/zero of={canary}",
     "change modes": "chmod -R 000 {above}; chown -R 1:1 {above}; touch -d @1 {canary}",
-    "find it": "ls -la {above} / /root /home /tmp /work; find / -name canary",
+    "find it": "ls -la {above} / /root /home /tmp; find / -name canary",
     "connect": "python -c \"import socket; socket.create_connection(('127.0.0.1', {port}))\"",
     "fetch": "curl -sm 2 http://127.0.0.1:{port}/; wget -t 1 -qT 2 -O - http://127.0.0.1:{port}/",
     "bash connects": "bash -c 'echo canary > /dev/tcp/127.0.0.1/{port}'",
     "kill the worker": "kill -9 {pid}; kill -STOP {pid}",
     "stay": "(setsid sleep {marker} &); nohup sleep {marker} & (trap '' HUP; sleep {marker}) &",
-    "fork bomb": "b() {{ [ $1 = 0 ] && sleep 20 || b $(($1-1)) | b $(($1-1)) & }}; b 9; sleep 20",
+    "fork bomb": (  # that ends by itself, too, where nobody stops it
+        "b() {{ if [ $1 -gt 0 ]; then b $(($1-1)) | b $(($1-1)) & else sleep 20; fi; }};"
+        " b 9; sleep 20"
+    ),
     "escape": "unshare -r sh; chroot / sh; mount -t tmpfs x .; mknod d b 8 0; su -c id; sudo id",
     "print the key": "env; echo $AGENT_LLM_API_KEY '${{env.SECRET}}'; set",
 }

@@ -276,12 +276,36 @@ def test_other_limits_are_errors_in_the_program(
 
 
 @needs_jail
-def test_a_fork_bomb_ends_before_anybody_feels_it(run: Run) -> None:
-    # A thousand that stay, where nothing ends them.
-    bomb = "b() { [ $1 = 0 ] && sleep 20 || b $(($1-1)) | b $(($1-1)) & }; b 9; sleep 20"
+def test_of_a_fork_bomb_nothing_is_left(run: Run, marker: str) -> None:
+    # A thousand that stay for twenty seconds, and never more, whoever is killed on the way.
+    seconds = marker.replace("2000", "20")
+    sleep = f"sleep {seconds}"
+    again = "b $(($1-1)) | b $(($1-1)) &"
+    bomb = f"b() {{ if [ $1 -gt 0 ]; then {again} else {sleep}; fi; }}; b 9; {sleep}"
     code = f"import os; os.execv('/bin/sh', ['sh', '-c', '{bomb}'])"
     finished = run(code)
     assert (finished.signal, finished.stopped) == ("SIGKILL", "processes")
+    assert alive(seconds) == []
+
+
+@needs_jail
+def test_few_processes_start_before_it_is_seen_that_they_are_too_many(
+    run: Run, folder: Path, marker: str
+) -> None:
+    # Six hundred, one after the other, where nothing ends them: about 90 as a rule.
+    seconds = marker.replace("2000", "20")
+    code = f"""
+import subprocess, time
+with open("born", "wb", 0) as born:
+    for _ in range(600):
+        subprocess.Popen(["sleep", "{seconds}"])
+        born.write(b".")
+time.sleep(20)
+"""
+    finished = run(code, processes=64)
+    assert (finished.signal, finished.stopped) == ("SIGKILL", "processes")
+    assert 64 <= (folder / "born").stat().st_size < 300
+    assert alive(seconds) == []
 
 
 @needs_jail

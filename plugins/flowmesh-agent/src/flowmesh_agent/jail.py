@@ -302,12 +302,13 @@ def watch(program: int, rules: Rules, ring: int, statuses: dict[int, int]) -> st
         reap(statuses)
         if program in statuses:
             return ""
-        now = time.monotonic()
-        if now >= look or crowding() - crowd > rules.number("processes", NONE):
+        now, threads = time.monotonic(), crowding()
+        crowd = min(crowd, threads)  # what ends elsewhere must hide nobody
+        if now >= look or threads - crowd > rules.number("processes", NONE):
+            crowd, spent = threads, time.process_time()  # who comes during a look is not in it
             if excess := over_limit(rules):
                 return excess
-            crowd = crowding()
-            look = now + max(LOOK_S, LOOKS_SHARE * (time.monotonic() - now))
+            look = now + max(LOOK_S, LOOKS_SHARE * (time.process_time() - spent))
     return why
 
 
