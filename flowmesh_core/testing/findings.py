@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from flowmesh_core.errors import FlowmeshError
 from flowmesh_core.executor import Artifact, ExecutorInfo
@@ -25,11 +23,11 @@ __all__ = [
     "answer_of",
     "find_changes",
     "find_growth",
-    "find_misfits",
     "find_missing",
     "find_piles",
     "find_stuck",
     "find_swaps",
+    "is_refusal",
     "is_there",
     "judge_rows",
     "same",
@@ -65,6 +63,11 @@ def tell(error: FlowmeshError | None) -> str:
     return f"{error.code}: {error}" if error else "success"
 
 
+def is_refusal(error: FlowmeshError | None) -> bool:
+    """Return whether it says that the document is wrong, here and everywhere."""
+    return error is not None and error.code in REFUSALS and not error.retriable
+
+
 def find_missing(info: ExecutorInfo) -> list[str]:
     """Return which of the targets of a declaration cannot be imported."""
     missing = []
@@ -74,23 +77,6 @@ def find_missing(info: ExecutorInfo) -> list[str]:
         except FlowmeshError as exc:
             missing.append(str(exc))
     return missing
-
-
-def find_misfits(info: ExecutorInfo) -> list[str]:
-    """Return which declared models are something else; what cannot be imported is not looked at."""
-    faults = []
-    for field in ("spec", "result"):
-        target = getattr(info, field)
-        if not target or info.environment:
-            continue
-        with contextlib.suppress(FlowmeshError):
-            model = import_target(target)
-            if not (isinstance(model, type) and issubclass(model, BaseModel)):
-                told = getattr(model, "__name__", None) or repr(model)
-                faults.append(
-                    f"ExecutorInfo.{field}: {target} must be a pydantic model, got {told}"
-                )
-    return faults
 
 
 def is_there(ran: Ran, file: Artifact) -> bool:
@@ -131,6 +117,10 @@ def _find_changes(
             yield f"changed the {name}: {', '.join(keys)}"
         elif isinstance(old, (str, int)) and not name.startswith("sys."):
             yield f"changed the {name} from {old} to {new}"
+        elif isinstance(old, Sequence) and not isinstance(old, str):
+            more = [f"+ {entry}" for entry in new if entry not in old]
+            less = [f"- {entry}" for entry in old if entry not in new]
+            yield f"changed the {name}: {', '.join([*more, *less]) or 'their order'}"
         else:
             yield f"changed the {name}"
 
@@ -185,7 +175,7 @@ def judge_rows(subject: Subject, name: str, texts: Sequence[str]) -> list[str]:
     if rows is None:
         pytest.skip("it reads no rows: the input 'rows' is not declared")
     outcome = subject.bench.run({**subject.example, **rows}, f"kit-rows-{name}").outcome
-    if outcome.error and (outcome.error.code not in REFUSALS or outcome.error.retriable):
+    if outcome.error and not is_refusal(outcome.error):
         return [
             f"rows that are {name} must be answered, or refused with one of "
             f"{', '.join(REFUSALS)} that is not retriable, got {tell(outcome.error)}"
@@ -196,7 +186,8 @@ def judge_rows(subject: Subject, name: str, texts: Sequence[str]) -> list[str]:
     if len(items) != len(texts):
         return [
             f"{len(texts)} rows that are {name} were answered with {len(items)} items, those of "
-            "the example with one each; where items are no rows, let the example show it"
+            "the example with one each; if it answers pieces of rows, give an example with a row "
+            "that is long enough for several"
         ]
     return []
 

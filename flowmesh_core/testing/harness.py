@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def run_task(
     settings: Settings | None = None,
     task_id: str = "task",
     plugin_files: Sequence[Path] = (),
+    clock: Callable[[], float] = time.monotonic,
 ) -> TaskRun:
     """Run one task as on a worker: same validation, inputs, limits, masking and places.
 
@@ -80,11 +82,13 @@ def run_task(
         settings: The operator's decisions; defaults without the environment.
         task_id: A plain name.
         plugin_files: Single-file plugins, whose executors count as installed.
+        clock: Monotonic seconds that ``timeoutSec`` and ``ctx.remaining_s`` count, such as a
+            ``ManualClock``; a process of its own has the real one.
     """
     root = Path(tempfile.mkdtemp(prefix="flowmesh-")) if folder is None else folder
     chosen = load_settings({}, results_dir=root) if settings is None else settings
     plugins = load_plugins(chosen, files=plugin_files)
-    return asyncio.run(_run(executor, dict(spec), info, chosen, root, task_id, plugins))
+    return asyncio.run(_run(executor, dict(spec), info, chosen, root, task_id, plugins, clock))
 
 
 async def _run(
@@ -95,6 +99,7 @@ async def _run(
     root: Path,
     task_id: str,
     plugins: Plugins,
+    clock: Callable[[], float],
 ) -> TaskRun:
     registry = ExecutorRegistry(plugins.executors)
     if isinstance(executor, str):
@@ -107,9 +112,8 @@ async def _run(
         spec.setdefault("executor", info.name)
         registry.register(info, executor)
     progress: list[Mapping[str, Any]] = []
-    runner = build_runner(
-        settings, plugins, registry, lambda _task_id, values: progress.append(values)
-    )
+    note: Callable[[str, Mapping[str, Any]], None] = lambda _id, values: progress.append(values)  # noqa: E731
+    runner = build_runner(settings, plugins, registry, note, clock=clock)
     task = parse_task({"spec": spec}, task_id=task_id)
     attempt = TaskFolders(root).begin(task_id, task.destination)
     runner.admit([task_id])
@@ -132,6 +136,7 @@ def build_runner(
     *,
     slots: int = 1,
     gpus: Sequence[Gpu] = (),
+    clock: Callable[[], float] = time.monotonic,
 ) -> Runner:
     """Return a worker's runner without its queue; close it on the loop that it ran on.
 
@@ -142,6 +147,7 @@ def build_runner(
         on_progress: Gets a task id and every report of that task.
         slots: Tasks at once.
         gpus: Those that tasks may use.
+        clock: Monotonic seconds that time limits count.
     """
     root = settings.results_dir
     return Runner(
@@ -158,6 +164,7 @@ def build_runner(
             pythons=plugins.pythons,
         ),
         events=RunnerEvents(on_progress=on_progress, progress_interval_s=0.0),
+        clock=clock,
     )
 
 

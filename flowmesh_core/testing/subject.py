@@ -16,7 +16,7 @@ import pytest
 
 from flowmesh_core.config import load_settings, read_environment
 from flowmesh_core.errors import FlowmeshError, PluginError
-from flowmesh_core.executor import Capability, Executor, ExecutorInfo
+from flowmesh_core.executor import Capability, Executor, ExecutorInfo, as_executor_class
 from flowmesh_core.importing import import_target
 from flowmesh_core.plugins import Plugins, PluginState, load_plugins
 from flowmesh_core.testing.bench import Bench, Ran
@@ -68,6 +68,7 @@ class Subject:
             if self.suite.info is None:
                 raise PluginError("executor is a class, so set info to its ExecutorInfo as well")
             info: ExecutorInfo = self.suite.info
+            as_executor_class(self.suite.executor, info.target)
             return info
         name = self.suite.executor
         for report in self._plugins.reports:
@@ -109,7 +110,7 @@ class Subject:
             folder.mkdir(exist_ok=True)
             try:
                 given = given(folder)
-            except Exception as exc:  # whatever it raises, the author's example is broken
+            except Exception as exc:  # executor boundary: an author's own code raises anything
                 raise PluginError(f"{where} raised {type(exc).__name__}: {exc}") from exc
         if not isinstance(given, Mapping):
             told = f"a mapping, or a callable that returns one, got {type(given).__name__}"
@@ -201,6 +202,19 @@ class Subject:
         specs = enumerate(map(self.resolve, self.suite.refused))
         return [self.bench.run(spec, f"kit-refused-{turn}-{n}") for n, spec in specs]
 
+    def refuse_cold(self) -> Iterator[tuple[int, str, Ran]]:
+        """Yield what came of each as the first task of an engine, and as its second.
+
+        What is refused before an engine is asked is left out: it comes to the same.
+        """
+        specs = map(self.resolve, self.suite.refused)
+        for number, (spec, warm) in enumerate(zip(specs, self.refusals, strict=True)):
+            if not warm.journal:
+                continue
+            self.bench.close()
+            for turn in ("first", "second"):
+                yield number, turn, self.bench.run(spec, f"kit-{turn}-refused-{number}")
+
     @cached_property
     def cancelled(self) -> list[Ran]:
         """What runs for long, cancelled: alone, and where it is to run in groups, in one."""
@@ -213,9 +227,9 @@ class Subject:
         spec = self.resolve(self.suite.long_spec)
         first = self.bench.stop(spec, f"kit-cancelled-{turn}")
         ran = [first]
-        rows = [rows for mark in _MARKS if (rows := self.rows([mark]))]
+        rows = [self.rows([mark]) or {} for mark in _MARKS]
         groups = Capability.GROUP in self.declared.capabilities
-        if groups and rows and first.noted("run", "end"):
+        if groups and first.noted("run", "end"):
             group = {f"kit-cancelled-{turn}-{n}": {**spec, **part} for n, part in enumerate(rows)}
             ran += self.bench.stop_together(group).values()
         return ran

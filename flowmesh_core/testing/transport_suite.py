@@ -16,7 +16,7 @@ import pytest
 
 from flowmesh_core.config import load_settings
 from flowmesh_core.events import TASK_PROGRESS, TASK_STARTED, TASK_SUCCEEDED, LogChunk, TaskEvent
-from flowmesh_core.testing.verdicts import attempt, clause, drive, find_left, refuse, skip
+from flowmesh_core.testing.verdicts import clause, drive, find_left, refuse, skip
 from flowmesh_core.transports.base import Delivery, Transport
 
 __all__ = ["WORKER_ID", "TransportSuite", "Wire"]
@@ -26,6 +26,8 @@ Heard = Sequence[Mapping[str, Any]]
 WORKER_ID = "kit-w1"
 _LAST = f'{{"assigned_worker": "{WORKER_ID}", "task_id": "last"}}'.encode()
 _LOOK_S = 0.01
+_BLOCK_S = 5.0  # a busy machine may take long over what does not block
+_DURING = [f"during-{number}" for number in range(5)]
 
 
 class Wire(abc.ABC):
@@ -267,22 +269,56 @@ class TransportSuite:
     @clause("transport.outage")
     def test_events_survive_an_outage(self, wire: Wire) -> None:
         """Sending never blocks nor raises; all is heard in order afterwards, and tasks come."""
+        confirmed: list[str] = []
 
         async def work(session: _Session) -> list[str]:
             session.send("before")
             await session.hear("before")
             with _cut(wire):
-                for number in range(5):
-                    session.send(f"during-{number}")
-                await attempt(session.transport.flush(0.2))
+                faults = await self._judge_sending(session, confirmed)
             session.send("after")
             # One may come twice after a doubtful failure.
             heard = dict.fromkeys(said["task_id"] for said in await session.hear("after"))
-            wanted = ["before", *(f"during-{number}" for number in range(5)), "after"]
-            faults = [] if [*heard] == wanted else [f"sent were {wanted}, heard {[*heard]}"]
+            wanted = ["before", *_DURING, "after"]
+            if [*heard] != wanted:
+                faults.append(f"sent were {wanted}, heard {[*heard]}")
+            await session.transport.flush(self.patience_s)
+            await asyncio.sleep(_LOOK_S)
+            if sorted(confirmed) != _DURING:
+                faults.append(f"on_sent must come once for each of {_DURING}, came for {confirmed}")
             return faults + await self._judge_receiving(session)
 
         refuse(self.drive(wire, work))
+
+    async def _judge_sending(self, session: _Session, confirmed: list[str]) -> list[str]:
+        """Send while it is cut off, first on a thread: a block there does not hold this up."""
+
+        def send(name: str) -> None:
+            session.send(name, lambda: confirmed.append(name))
+
+        sending = asyncio.ensure_future(asyncio.to_thread(send, _DURING[0]))
+        if not await self._ends(sending):
+            return ["send must not block while it is cut off"]
+        for name in _DURING[1:]:
+            send(name)
+        flushing = asyncio.ensure_future(session.transport.flush(0.2))
+        if not await self._ends(flushing):
+            return ["flush must end in time while it is cut off"]
+        heard = [said["task_id"] for said in session.wire.heard() if said["task_id"] in _DURING]
+        faults = {
+            "flush must return False": flushing.result(),
+            f"on_sent must not come, came for {confirmed}": confirmed,
+            f"Wire.cut must let nothing through, heard were {heard}": heard,
+        }
+        return [f"while it is cut off, {fault}" for fault, found in faults.items() if found]
+
+    async def _ends(self, work: asyncio.Future[Any]) -> bool:
+        await asyncio.wait({work}, timeout=min(self.patience_s, _BLOCK_S))
+        if work.done():
+            work.result()  # raises what it raised
+            return True
+        work.cancel()
+        return False
 
     async def _judge_receiving(self, session: _Session) -> list[str]:
         """Submit until a message comes: what was submitted too early may be lost."""

@@ -1,4 +1,4 @@
-"""What the suites for drivers share: how a check says what is wrong, and how it looks around."""
+"""What the suites share: how a check says what is wrong, and how it looks around."""
 
 from __future__ import annotations
 

@@ -32,8 +32,7 @@ from typing import Any
 import psutil
 
 from flowmesh_core.config import read_environment
-from flowmesh_core.errors import PluginLoadError
-from flowmesh_core.executor import Executor, Outcome, RunContext
+from flowmesh_core.executor import Executor, Outcome, RunContext, as_executor_class
 from flowmesh_core.importing import import_target
 
 __all__ = ["KIT", "LONG_LINE", "STATE", "find_json_faults", "watch", "watch_target"]
@@ -48,10 +47,7 @@ _LOADS = 3
 
 def watch_target(target: str, journal: str, worker_pid: int) -> type[Executor]:
     """Import ``package.module:Class`` and watch it; called in the executor's process."""
-    cls = import_target(target)
-    if not (isinstance(cls, type) and issubclass(cls, Executor)):
-        raise PluginLoadError(f"{target} must be a subclass of flowmesh_core.Executor")
-    return watch(cls, Path(journal), worker_pid)
+    return watch(as_executor_class(import_target(target), target), Path(journal), worker_pid)
 
 
 def watch(cls: type[Executor], journal: Path, worker_pid: int) -> type[Executor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,10 +16,13 @@ SOUND = Path(__file__).parent / "broken" / "sound.py"
 EXECUTORS = Path(__file__).parent / "broken" / "executors.py"
 
 
-def kit(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def kit(
+    *arguments: str, cwd: Path, stdin: str = "", **environ: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flowmesh_core", "kit", *arguments],
         cwd=cwd,
+        env={**os.environ, **environ},
         input=stdin,
         capture_output=True,
         text=True,
@@ -117,6 +121,7 @@ def test_what_is_given_by_files_is_checked(tmp_path: Path) -> None:
         "refused": "failed",
         "final": "passed",
         "cancel": "passed",
+        "cold": "skipped",
         "service-end": "skipped",
     }
     assert checks["refused"]["reason"].startswith("refused[1] must fail with one of ")
@@ -184,3 +189,50 @@ def test_a_change_without_a_document_is_refused(tmp_path: Path) -> None:
     done = kit("echo", "--set", "a=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "--set changes a document; name it with --spec" in done.stderr
+
+
+KEEPER = """
+from pathlib import Path
+from pydantic import BaseModel
+from flowmesh_core import Executor, ExecutorInfo, hookimpl
+
+class Options(BaseModel):
+    folder: Path = Path("~/.local/share/acme")
+    threads: int
+
+class Keeper(Executor):
+    def run(self, ctx):
+        return {}
+
+@hookimpl
+def flowmesh_register_executors():
+    name, target, settings = "acme.keeper", f"{__name__}:Keeper", f"{__name__}:Options"
+    return [ExecutorInfo(name=name, task_types=name, target=target, settings=settings)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, "error: FLOWMESH_ACME_KEEPER_THREADS is required\n"),
+        (
+            {"THREADS": "2"},
+            "error: FLOWMESH_ACME_KEEPER_FOLDER must name a folder or file for the kit: it is not "
+            "set, and executor 'acme.keeper' would use ~/.local/share/acme, where the kit lets no "
+            "task write\n",
+        ),
+        ({"THREADS": "2", "FOLDER": "/var/lib/acme"}, ""),
+        ({"THREADS": "2", "FOLDER": "~/acme"}, ""),
+    ],
+    ids=["required", "home", "set", "meant"],
+)
+def test_settings_are_one_message_before_any_check(
+    tmp_path: Path, variables: dict[str, str], told: str
+) -> None:
+    plugin = tmp_path / "keeper.py"
+    plugin.write_text(KEEPER)
+    environ = {f"FLOWMESH_ACME_KEEPER_{name}": value for name, value in variables.items()}
+    arguments = ("acme.keeper", "--plugin", str(plugin), "-k", "installed")
+    done = kit(*arguments, cwd=tmp_path, **environ)
+    assert (done.returncode, done.stderr) == (2 if told else 0, told)
+    assert ("[installed]" in done.stdout) is (told == "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from flowmesh_core.artifacts.layout import TaskFolders
 from flowmesh_core.checking import check_result
 from flowmesh_core.config import load_settings
 from flowmesh_core.contract import parse_task
+from flowmesh_core.errors import PluginLoadError
 from flowmesh_core.executor import Executor, ExecutorInfo, RunContext
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.registry import ExecutorRegistry
@@ -62,10 +65,30 @@ def test_a_model_that_is_not_there_is_a_problem_of_its_own() -> None:
     assert problem.startswith("cannot import acme_gone:Model: ModuleNotFoundError")
 
 
-async def run_on_a_worker(folder: Path, told: Any) -> Any:
-    settings = load_settings({}, results_dir=folder)
+def test_a_model_that_is_none_is_a_problem_and_no_crash() -> None:
+    (problem,) = check_result(attrs.evolve(INFO, result="flowmesh_core:Outcome"), FITTING)
+    assert problem == "flowmesh_core:Outcome must be a subclass of pydantic.BaseModel, got Outcome"
+
+
+@pytest.mark.parametrize(
+    ("field", "target", "got"),
+    [("result", "flowmesh_core:Outcome", "Outcome"), ("spec", "string:digits", "str")],
+)
+def test_a_class_whose_model_is_none_is_refused_when_it_is_registered(
+    field: str, target: str, got: str
+) -> None:
     registry = ExecutorRegistry()
-    registry.register(INFO, Tells)
+    told = (
+        f"executor 'acme.tells': ExecutorInfo.{field}: {target} must be a subclass of "
+        f"pydantic.BaseModel, got {got}"
+    )
+    with pytest.raises(PluginLoadError, match=f"^{re.escape(told)}$"):
+        registry.register(attrs.evolve(INFO, **{field: target}), Tells)
+    registry.register(INFO, Tells)  # the name is still free
+
+
+async def run_on_a_worker(folder: Path, told: Any, registry: ExecutorRegistry) -> Any:
+    settings = load_settings({}, results_dir=folder)
     runner = build_runner(settings, load_plugins(settings), registry, lambda *_: None)
     task = parse_task({"spec": {"taskType": "acme.tells", "told": told}}, task_id="75de")
     runner.admit(["75de"])
@@ -81,11 +104,36 @@ async def run_on_a_worker(folder: Path, told: Any) -> Any:
 def test_a_worker_warns_and_keeps_what_was_computed(
     items: Any, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import asyncio
-
+    registry = ExecutorRegistry()
+    registry.register(INFO, Tells)
     with caplog.at_level(logging.WARNING):
-        outcome = asyncio.run(run_on_a_worker(tmp_path, {**FITTING, "items": items}))
+        outcome = asyncio.run(run_on_a_worker(tmp_path, {**FITTING, "items": items}, registry))
     assert outcome.ok
     assert outcome.result["items"] == items
     told = "task 75de: not the result that acme.tells declares: result.items must be a list, got 3"
     assert caplog.messages == ([told] if warned else [])
+
+
+INSTALLED = attrs.evolve(INFO, target="flowmesh_core.echo:EchoExecutor")
+
+
+def test_a_worker_warns_of_an_installed_one_whose_result_model_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = ExecutorRegistry([attrs.evolve(INSTALLED, result="flowmesh_core:Outcome")])
+    with caplog.at_level(logging.WARNING):
+        outcome = asyncio.run(run_on_a_worker(tmp_path, "hello", registry))
+    assert outcome.result["echo"]["told"] == "hello"
+    assert caplog.messages == [
+        "task 75de: not the result that acme.tells declares: flowmesh_core:Outcome must be a "
+        "subclass of pydantic.BaseModel, got Outcome"
+    ]
+
+
+def test_a_task_fails_before_it_runs_when_the_spec_model_is_none(tmp_path: Path) -> None:
+    registry = ExecutorRegistry([attrs.evolve(INSTALLED, spec="flowmesh_core:Outcome")])
+    outcome = asyncio.run(run_on_a_worker(tmp_path, "hello", registry))
+    assert outcome.error.code == "plugin.load"
+    assert str(outcome.error) == (
+        "flowmesh_core:Outcome must be a subclass of pydantic.BaseModel, got Outcome"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -14,9 +15,10 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import redis
+from relay import Relay
 
 from flowmesh_core.events import LogChunk, TaskEvent, WorkerEvent
-from flowmesh_core.testing import RedisServer, TransportSuite, Wire
+from flowmesh_core.testing import RedisServer, TransportSuite, Wire, wait_for
 from flowmesh_core.testing.transport_suite import WORKER_ID
 from flowmesh_core.transports.base import Delivery, Transport
 from flowmesh_core.transports.local import LocalTransport
@@ -57,8 +59,8 @@ class RedisWire(Wire):
     transport = RedisPubSubTransport
 
     def __init__(self, server: RedisServer) -> None:
-        self.server = server
-        self.settings = {"redis_url": server.url}
+        self.relay = Relay(server.port)
+        self.settings = {"redis_url": f"redis://127.0.0.1:{self.relay.port}/0"}
         self.client = redis.Redis.from_url(server.url)
         # Of its pool alone: one connection, so that messages are read in the order Redis got them.
         self.pubsub: Any = redis.client.PubSub(self.client.connection_pool)
@@ -69,6 +71,7 @@ class RedisWire(Wire):
     def close(self) -> None:
         self.pubsub.close()
         self.client.close()
+        self.relay.close()
 
     def submit(self, body: bytes) -> None:
         self.client.publish("tasks", body)
@@ -77,19 +80,20 @@ class RedisWire(Wire):
         self.client.publish(f"workers.control:{WORKER_ID}", body)
 
     def heard(self) -> Sequence[Mapping[str, Any]]:
-        with contextlib.suppress(redis.ConnectionError):
-            while message := self.pubsub.get_message(timeout=0):
-                if message["type"] == "pmessage":
-                    self.said.append(json.loads(message["data"]))
+        while message := self.pubsub.get_message(timeout=0):
+            if message["type"] == "pmessage":
+                self.said.append(json.loads(message["data"]))
         return self.said
+
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """Cut the worker off alone: what is published while nobody listens is gone."""
+        self.relay.cut()
+        yield
+        self.relay.restore()
 
 
 class TestRedisPubSub(TransportSuite):
-    """Without an outage: who subscribes later than the worker publishes again hears nothing.
-
-    ``tests/integration/test_worker_redis.py`` stops the server under a worker.
-    """
-
     @pytest.fixture
     def wire(self, flowmesh_redis_server: RedisServer) -> Iterator[Wire]:
         flowmesh_redis_server.start()
@@ -188,19 +192,23 @@ class MayBeCut(LocalTransport):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.kept: list[Event] = []
+        self.kept: list[tuple[Event, OnSent]] = []
 
     def send(self, event: Event, on_sent: OnSent = None) -> None:
         if self.off:
-            self.keep(event)
+            self.keep(event, on_sent)
             return
         kept, self.kept = self.kept, []
-        for earlier in kept:
-            super().send(earlier)
+        for earlier, earlier_on_sent in kept:
+            super().send(earlier, earlier_on_sent)
         super().send(event, on_sent)
 
-    def keep(self, event: Event) -> None:
-        self.kept.append(event)
+    def keep(self, event: Event, on_sent: OnSent) -> None:
+        self.kept.append((event, on_sent))
+
+    async def flush(self, timeout_s: float) -> bool:
+        await super().flush(timeout_s)
+        return not self.off
 
 
 class CutWire(LocalWire):
@@ -219,8 +227,57 @@ class TestMayBeCut(TransportSuite):
 
 @breaks("outage", "sent were .*, heard .*'before', 'during-4', 'after'")
 class KeepsOneEvent(MayBeCut):
-    def keep(self, event: Event) -> None:
-        self.kept = [event]
+    def keep(self, event: Event, on_sent: OnSent) -> None:
+        self.kept = [(event, on_sent)]
+
+
+@breaks("outage", "send must not block while it is cut off")
+class BlocksUntilItIsBack(MayBeCut):
+    def keep(self, event: Event, on_sent: OnSent) -> None:
+        wait_for(lambda: not self.off)
+        super().keep(event, on_sent)
+
+
+@breaks("outage", "flush must end in time while it is cut off")
+class FlushesUntilItIsBack(MayBeCut):
+    async def flush(self, timeout_s: float) -> bool:
+        while self.off:
+            await asyncio.sleep(0.01)
+        return True
+
+
+@breaks("outage", "while it is cut off, flush must return False")
+class SaysThatAllHasLeft(MayBeCut):
+    async def flush(self, timeout_s: float) -> bool:
+        return True
+
+
+@breaks("outage", r"while it is cut off, on_sent must not come, came for \['during-0', ")
+class ConfirmsWhatItKeeps(MayBeCut):
+    def keep(self, event: Event, on_sent: OnSent) -> None:
+        super().keep(event, None)
+        if on_sent is not None:
+            on_sent()
+
+
+@breaks("outage", r"on_sent must come once for each of .*, came for \[\]")
+class ForgetsWhoAsked(MayBeCut):
+    def keep(self, event: Event, on_sent: OnSent) -> None:
+        super().keep(event, None)
+
+
+@breaks("outage", "no message comes any more after an outage")
+class HearsNothingAfterwards(MayBeCut):
+    deaf = False
+
+    def keep(self, event: Event, on_sent: OnSent) -> None:
+        super().keep(event, on_sent)
+        self.deaf = True
+
+    async def deliveries(self) -> AsyncIterator[Delivery]:
+        async for delivery in super().deliveries():
+            if not self.deaf:
+                yield delivery
 
 
 @breaks("closed", r"left among threads: reader \(1\)")
@@ -270,6 +327,15 @@ def test_every_check_has_a_transport_that_breaks_it_and_its_row_on_the_page() ->
     assert {clause for _, clause, _ in CASES.values()} == set(CHECKS)
     page = (DOCS / "conformance.md").read_text(encoding="utf-8")
     assert list(CHECKS) == re.findall(r"^\| `(transport\.[a-z-]+)` \|", page, re.MULTILINE)
+
+
+def test_a_cut_that_cuts_nothing_off_is_told() -> None:
+    class Uncut(LocalWire):
+        def cut(self) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+    with pytest.raises(pytest.fail.Exception, match=r"Wire\.cut must let nothing through, heard"):
+        CHECKS["transport.outage"](TransportSuite(), Uncut())
 
 
 def test_an_outage_that_cannot_be_made_is_skipped_by_name() -> None:

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from flowmesh_plugin_sound import Serves, Sound, Together, declare
+from flowmesh_plugin_sound import Flat, Serves, Sound, Together, declare
 from pydantic import BaseModel
 
 from flowmesh_core import (
     Artifact,
     CancelledError,
     Capability,
+    Executor,
     ExecutorInfo,
     InputError,
     Outcome,
@@ -94,6 +95,11 @@ class NoExecutor:
     pass
 
 
+@breaks("example", "must define run, or run_group for several tasks at once")
+class RunsNothing(Executor):
+    pass
+
+
 @breaks("example", "there is no example: set spec, or let ExecutorInfo.example", example="")
 class NoExample(Sound):
     pass
@@ -129,12 +135,20 @@ class HasAListAsExample(Sound):
 CORPUS = ["hello"]
 
 
-@breaks("models", "^ExecutorInfo.spec: .*:Sound must be a pydantic model", spec=f"{SOUND}:Sound")
+@breaks(
+    "models",
+    "^ExecutorInfo.spec: .*:Sound must be a subclass of .*, got Sound",
+    spec=f"{SOUND}:Sound",
+)
 class HasNoSpecModel(Sound):
     pass
 
 
-@breaks("models", "^ExecutorInfo.result: .*:CORPUS must be a pydantic", result=f"{__name__}:CORPUS")
+@breaks(
+    "models",
+    "^ExecutorInfo.result: .*:CORPUS must be a subclass of pydantic.BaseModel, got list",
+    result=f"{__name__}:CORPUS",
+)
 class HasNoResultModel(Sound):
     pass
 
@@ -302,7 +316,7 @@ class ChangesRootLogger(Spoils):
         logging.getLogger().addHandler(logging.NullHandler())
 
 
-@breaks("state", "run changed the warnings")
+@breaks("state", r"run changed the warnings: \+ \('ignore', None, <class 'Warning'>")
 class ChangesWarnings(Spoils):
     def spoil(self, ctx: RunContext) -> None:
         warnings.simplefilter("ignore")
@@ -333,10 +347,22 @@ class ChangesStartMethod(Spoils):
         multiprocessing.set_start_method("spawn", force=True)
 
 
-@breaks("state", "run changed the sys.path")
+@breaks("state", r"run changed the sys.path: \+ \S+/\.kit-first\.attempt-1")
 class ChangesPath(Spoils):
     def spoil(self, ctx: RunContext) -> None:
         sys.path.append(str(ctx.folder))
+
+
+@breaks("state", r"run changed the sys.path: - \S+\.zip")
+class ForgetsPath(Spoils):
+    def spoil(self, ctx: RunContext) -> None:
+        sys.path[:] = [path for path in sys.path if not path.endswith(".zip")]
+
+
+@breaks("state", "run changed the sys.path: their order")
+class TurnsPath(Spoils):
+    def spoil(self, ctx: RunContext) -> None:
+        sys.path.append(sys.path.pop(0))
 
 
 @breaks("log", "a line of 1 MB did not arrive in logs/stdout.log")
@@ -465,6 +491,40 @@ class AsksForMore(Sound):
             raise InputError(str(exc), retriable=True) from exc
 
 
+@breaks(
+    "cold",
+    r"refused\[1\] as the first task of its engine must .*, got executor.failed: ValueError",
+    suite={"refused": [{"data": {"type": "list", "items": [*more, "bad"]}} for more in ("", "a")]},
+)
+class RefusesWhenWarm(Sound):
+    asked = False
+
+    def items(self, ctx: RunContext) -> Any:
+        first, self.asked = not self.asked, True
+        try:
+            return super().items(ctx)
+        except InputError:
+            if first:
+                raise ValueError("no such row") from None
+            raise
+
+
+@breaks("cold", r"refused\[1\] as the second task of its engine must .*, got success")
+class RefusesWhenCold(Sound):
+    knows = ""
+
+    def items(self, ctx: RunContext) -> Any:
+        before, self.knows = self.knows, self.knows or "nothing"
+        try:
+            items = super().items(ctx)
+        except InputError:
+            if before == "nothing":
+                return []
+            raise
+        self.knows = "what is good"
+        return items
+
+
 class Reads(Sound):
     def items(self, ctx: RunContext) -> Any:
         for row in ctx.inputs.rows or ():
@@ -491,6 +551,11 @@ class NeedsText(Reads):
 class PassesOver(Sound):
     def items(self, ctx: RunContext) -> Any:
         return [item for item in super().items(ctx) if item["output"]]
+
+
+@breaks("large", "1 rows that are large .* 10000 items, .* give an example with a row that is long")
+class AnswersPieces(Flat):
+    pass
 
 
 @breaks("large", "rows that are large must be answered, .* got crash: ")
@@ -525,6 +590,17 @@ class IgnoresCancelOfAGroup(Sound):
         if ctxs[0].spec.steps > 2:
             time.sleep(30)
         yield from super().run_group(ctxs)
+
+
+@breaks(
+    "cancel",
+    r"run_group had not ended after its cancel \(grace_s 1\)",
+    Capability.GROUP,
+    inputs=(),
+    suite={"refused": [{"voice": {"pitsh": 1}}]},
+)
+class IgnoresCancelOfAGroupWithoutRows(IgnoresCancelOfAGroup):
+    pass
 
 
 @breaks("deadline", r"run had not ended after its deadline \(grace_s 1\)")

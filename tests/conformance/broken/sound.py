@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import random
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from flowmesh_core import (
+    CancelledError,
     Capability,
     Executor,
     ExecutorInfo,
@@ -27,6 +29,7 @@ from flowmesh_core import (
 )
 
 EXAMPLE = {"data": {"type": "list", "items": ["hello", "world"]}}
+VERSE = {"text": "hello"}
 
 
 class Voice(StrictBlock):
@@ -35,6 +38,11 @@ class Voice(StrictBlock):
 
 class ShoutSpec(TaskSpec):
     voice: Voice = Voice()
+    steps: int = 2
+
+
+class VerseSpec(TaskSpec):
+    text: str
     steps: int = 2
 
 
@@ -74,7 +82,16 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         declare("sound.absent", needs=["acme_no_engine"], target=f"{__name__}:Sound"),
         declare("sound.pooled", target=f"{__name__}:Pooled"),
         declare("sound.splits", result="", target=f"{__name__}:Splits"),
+        declare("sound.flat", target=f"{__name__}:Flat"),
         declare("sound.serves", Capability.SERVICE, target=f"{__name__}:Serves"),
+        declare(
+            "sound.chorus",
+            Capability.GROUP,
+            target=f"{__name__}:Chorus",
+            spec=f"{__name__}:VerseSpec",
+            example=f"{__name__}:VERSE",
+            inputs=(),
+        ),
     ]
 
 
@@ -149,6 +166,32 @@ class Splits(Sound):
         answer = super().answer(ctx)
         pieces = [part for item in answer["items"] for part in item["output"][:40]]
         return {**answer, "items": pieces, "loaded": loaded, "tries": [0] * random.randint(1, 9)}
+
+
+class Flat(Sound):
+    """Answers with pieces of a thousand letters, of which most rows have one."""
+
+    def items(self, ctx: RunContext) -> list[Mapping[str, Any]]:
+        texts = [item["output"] for item in super().items(ctx)]
+        pieces = [text[at : at + 1000] for text in texts for at in range(0, len(text) or 1, 1000)]
+        return [{"index": n, "output": piece} for n, piece in enumerate(pieces)]
+
+
+class Chorus(Executor):
+    """Reads no rows, and has no other way for one task than for several."""
+
+    def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
+        for ctx in ctxs:
+            with contextlib.suppress(CancelledError):
+                yield ctx.task_id, self.sing(ctx)
+
+    def sing(self, ctx: RunContext) -> Any:
+        if ctx.spec.text == "bad":
+            return Outcome(error=InputError("spec.text must be good"))
+        for _ in range(ctx.spec.steps):
+            ctx.check()
+            time.sleep(0.01)
+        return {"ok": True, "items": [{"index": 0, "output": ctx.spec.text.upper()}]}
 
 
 class Serves(Sound):
