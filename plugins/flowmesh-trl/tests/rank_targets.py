@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from flowmesh_trl.job import Link, TrainingJob
 
@@ -41,13 +42,40 @@ def reduce(job: TrainingJob, link: Link) -> dict[str, Any]:
     }
 
 
-def refuse(_job: TrainingJob, _link: Link) -> None:
-    """Rank 1 refuses; rank 0 loses its peer a little later, as in a collective."""
-    if _rank() == 1:
-        sys.stderr.write("the file is not there\n")
-        raise InputError("no rows in rows.jsonl", retriable=True)
-    time.sleep(0.05)
+def refuse(job: TrainingJob, _link: Link) -> None:
+    """Rank 1 refuses; rank 0 loses its peer and says so."""
+    if _rank() == 0:
+        _lose_peer(job)
+    _meet_peer(job)
+    sys.stderr.write("the file is not there\n")
+    raise InputError("no rows in rows.jsonl", retriable=True)
+
+
+def _meet_peer(job: TrainingJob) -> int:
+    """Connect the two ranks, whichever comes first, until this process ends."""
+    pipe = job.folder / "peer"
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(pipe)
+    return os.open(pipe, os.O_WRONLY if _rank() == 1 else os.O_RDONLY)
+
+
+def _lose_peer(job: TrainingJob) -> NoReturn:
+    """Fail as a collective does: not before the other rank is gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may see first that it is
+    os.read(_meet_peer(job), 1)
     raise RuntimeError("connection closed by peer")
+
+
+def fail_at_length(job: TrainingJob, _link: Link) -> None:
+    """Raise what notes when its text is first asked for."""
+
+    class LongError(RuntimeError):
+        def __str__(self) -> str:
+            with contextlib.suppress(FileExistsError), (job.folder / "told-at").open("x") as file:
+                file.write(str(time.monotonic()))
+            return "much to tell"
+
+    raise LongError
 
 
 def run_out_of_memory(_job: TrainingJob, _link: Link) -> None:
@@ -59,12 +87,12 @@ def run_out_of_memory(_job: TrainingJob, _link: Link) -> None:
 
 def die(job: TrainingJob, _link: Link) -> None:
     """Rank 1 is killed; rank 0 loses its peer and says so."""
-    if _rank() == 1:
-        sys.stdout.write("last words\n")
-        sys.stdout.flush()
-        os.kill(os.getpid(), signal.Signals[job.spec.get("signal", "SIGKILL")])
-    time.sleep(0.03)
-    raise RuntimeError("connection closed by peer")
+    if _rank() == 0:
+        _lose_peer(job)
+    _meet_peer(job)
+    sys.stdout.write("last words\n")
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exit_quietly(_job: TrainingJob, _link: Link) -> None:

@@ -248,6 +248,23 @@ def test_error_of_the_rank_that_failed_first_is_rebuilt(
     assert "logs/rank-1.log" in lines[0]
 
 
+def test_a_rank_has_failed_before_its_traceback_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / ".launch"
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps(build_job(tmp_path).to_dict()))
+    command = [sys.executable, "-m", "flowmesh_trl.rank", str(folder)]
+    with subprocess.Popen(
+        [*command, "--target", "rank_targets:fail_at_length"],
+        env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE}"},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    ) as rank:
+        assert rank.wait(60) == 1
+    error = json.loads((folder / "rank-0.error.json").read_text())
+    assert error["error"]["message"] == "LongError: much to tell"
+    assert error["at"] <= float((tmp_path / "told-at").read_text())
+
+
 def test_killed_rank_ends_the_job_with_its_signal_and_its_own_log(
     train: Callable[..., dict[str, Any]],
 ) -> None:

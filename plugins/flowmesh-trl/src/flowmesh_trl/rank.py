@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     try:
         _run(options.folder, options.target, rank)
     except BaseException as exc:  # noqa: BLE001 - executor boundary, of another process
+        failed_at = time.monotonic()  # before the traceback, which may take a while
         traceback.print_exc()
-        _write_error(options.folder / f"rank-{rank}.error.json", exc)
+        _write_error(options.folder / f"rank-{rank}.error.json", exc, failed_at)
         sys.stdout.flush()
         # Not for a cancelled rank: torchrun would end the others, which may still be saving.
         # Threads of a broken collective would hold up a regular exit.
@@ -116,10 +117,10 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
-def _write_error(path: Path, exc: BaseException) -> None:
+def _write_error(path: Path, exc: BaseException, failed_at: float) -> None:
     error = exc if isinstance(exc, FlowmeshError) else _as_error(exc)
     passing = path.with_suffix(".new")
-    passing.write_text(json.dumps({"at": time.monotonic(), "error": error.to_dict()}))
+    passing.write_text(json.dumps({"at": failed_at, "error": error.to_dict()}))
     passing.replace(path)
 
 
