@@ -13,19 +13,17 @@ from typing import Any
 import attrs
 
 from flowmesh_core.config import Settings, child_environment, load_settings
+from flowmesh_core.distributions import installed_version, unmet_requirements
 from flowmesh_core.doctor_child import TARGETS, rows_of
+from flowmesh_core.errors import PluginError
 from flowmesh_core.executor import API_VERSION, Capability, ExecutorInfo
 from flowmesh_core.places.environments import Environment, list_environments
 from flowmesh_core.places.trial import Trial, try_call
-from flowmesh_core.plugins import (
-    installed_version,
-    plugin_names,
-    unmet_requirements,
-)
+from flowmesh_core.plugins import plugin_names
 from flowmesh_core.registry import missing_packages
 from flowmesh_core.telemetry.probes import GpuReader
 
-__all__ = ["Finding", "Patient", "Verdict", "examine"]
+__all__ = ["Diagnosis", "Finding", "Verdict", "examine"]
 
 _MODELS_S = 60.0
 _ENVIRONMENT_S = 900.0
@@ -61,7 +59,7 @@ class Finding:
 
 
 @attrs.frozen(kw_only=True)
-class Patient:
+class Diagnosis:
     """A plugin and what was found; ``row`` is that of ``flowmesh plugins list --json``."""
 
     row: Mapping[str, Any]
@@ -83,7 +81,7 @@ class Patient:
         return {**self.row, "ok": self.ok, "findings": findings}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, environment: str) -> Patient:
+    def from_dict(cls, data: Mapping[str, Any], *, environment: str) -> Diagnosis:
         """Build one from ``to_dict`` of another environment's core."""
         found = [
             Finding(**{**each, "verdict": Verdict(each["verdict"])}) for each in data["findings"]
@@ -98,7 +96,7 @@ def examine(
     *,
     limit_s: float = 3.0,
     engine_limit_s: float = 120.0,
-) -> list[Patient]:
+) -> list[Diagnosis]:
     """Examine plugins beside this process; those of other environments examine themselves.
 
     Args:
@@ -109,21 +107,21 @@ def examine(
     """
     limits = {"limit_s": limit_s, "engine_limit_s": engine_limit_s}
     there = [
-        patient
+        one
         for environment in list_environments(settings.envs_dir)
-        for patient in _examine_there(environment, settings, names, limits)
+        for one in _examine_there(environment, settings, names, limits)
     ]
-    served = {info["name"] for patient in there if patient.ok for info in patient.row["executors"]}
+    served = {info["name"] for each in there if each.ok for info in each.row["executors"]}
     rows = [row for name in plugin_names() for row in _load_beside(name, settings, limit_s)]
     gpus = len(GpuReader(visible_devices=settings.visible_devices).list_gpus())
-    ward = _Ward(_claims(rows), served, gpus, settings.visible_devices, engine_limit_s)
-    wanted = [row for row in rows if Patient(row=row, findings=()).answers_to(names)]
-    return [*(Patient(row=row, findings=[*ward.examine(row)]) for row in wanted), *there]
+    examiner = _Examiner(_claims(rows), served, gpus, settings.visible_devices, engine_limit_s)
+    wanted = [row for row in rows if Diagnosis(row=row, findings=()).answers_to(names)]
+    return [*(Diagnosis(row=row, findings=[*examiner.examine(row)]) for row in wanted), *there]
 
 
 def _examine_there(
     environment: Environment, settings: Settings, names: Sequence[str], limits: Mapping[str, float]
-) -> list[Patient]:
+) -> list[Diagnosis]:
     asked = {"names": names, **_lists(settings), "limits": limits}
     target, python = "flowmesh_core.doctor:examine_here", environment.python
     trial = try_call(target, asked, limit_s=_ENVIRONMENT_S, python=python)
@@ -133,9 +131,9 @@ def _examine_there(
         )
         unknown = dict.fromkeys(("distribution", "version", "entry_point"), "")
         row = {"name": environment.name, "environment": environment.name, "state": "broken"}
-        return [Patient(row={**row, **unknown, "executors": []}, findings=[finding])]
-    found = [Patient.from_dict(data, environment=environment.name) for data in trial.answer]
-    return [patient for patient in found if patient.row["distribution"] != "flowmesh-core"]
+        return [Diagnosis(row={**row, **unknown, "executors": []}, findings=[finding])]
+    found = [Diagnosis.from_dict(data, environment=environment.name) for data in trial.answer]
+    return [each for each in found if each.row["distribution"] != "flowmesh-core"]
 
 
 def _lists(settings: Settings) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def examine_here(
     settings = load_settings(
         only_plugins=tuple(only), disable_plugins=tuple(disabled), envs_dir=None
     )
-    return [patient.to_dict() for patient in examine(settings, names, **limits)]
+    return [each.to_dict() for each in examine(settings, names, **limits)]
 
 
 def _load_beside(name: str, settings: Settings, limit_s: float) -> list[dict[str, Any]]:
@@ -175,8 +173,8 @@ def _claims(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 @attrs.frozen
-class _Ward:
-    """What every plugin is examined against.
+class _Examiner:
+    """Examines one plugin after the other, against what holds for all.
 
     Attributes:
         claims: Who declares each executor name.
@@ -279,10 +277,10 @@ def _examine_load(row: Mapping[str, Any]) -> Finding:
 
 
 def _examine_requirements(distribution: str) -> Finding:
-    unmet = unmet_requirements(distribution)
-    if unmet is None:
-        told = "cannot be told without the package packaging; run: pip install packaging"
-        return Finding(check="requirements", verdict=Verdict.SKIPPED, told=told)
+    try:
+        unmet = unmet_requirements(distribution)
+    except PluginError as exc:
+        return Finding(check="requirements", verdict=Verdict.SKIPPED, told=str(exc))
     if unmet:
         told = f"{'; '.join(unmet)}; run: pip install {distribution}"
         return Finding(check="requirements", verdict=Verdict.FAILED, told=told)

@@ -7,29 +7,18 @@ reported and left out; the process starts without it. Block lists act before imp
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import (
-    EntryPoint,
-    PackageNotFoundError,
-    distribution,
-    entry_points,
-    packages_distributions,
-    version,
-)
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import attrs
 import pluggy
 
-from flowmesh_core import __version__, hookspecs
+from flowmesh_core import hookspecs
 from flowmesh_core.config import Settings
+from flowmesh_core.distributions import code_version, core_requirement, installed_version
 from flowmesh_core.errors import (
     PluginConflictError,
     PluginError,
@@ -37,11 +26,23 @@ from flowmesh_core.errors import (
 )
 from flowmesh_core.executor import API_VERSION, ExecutorInfo
 from flowmesh_core.hook_trace import trace_hooks
-from flowmesh_core.importing import import_plugin_file, import_target, plugin_module_name
-from flowmesh_core.places.environments import Environment, list_environments, read_offer
+from flowmesh_core.importing import import_target
+from flowmesh_core.places.environments import list_environments
+from flowmesh_core.plugin_candidates import (
+    Candidate,
+    find_entry_points,
+    from_entry_point,
+    from_environment,
+    from_file,
+)
 from flowmesh_core.plugin_reports import PluginReport, PluginState
 from flowmesh_core.registry import ExecutorRegistry, missing_packages
-from flowmesh_core.time_limit import StillRunningError, call_within, describe_exception
+from flowmesh_core.time_limit import (
+    EscapeError,
+    StillRunningError,
+    call_within,
+    describe_exception,
+)
 
 __all__ = [
     "PluginReport",
@@ -58,54 +59,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _CORE = "flowmesh-core"
 _SLOW_S = 1.0
-_HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("flowmesh_"))
-
-
-@attrs.define
-class _Candidate:
-    """A plugin on its way from entry point to report."""
-
-    name: str
-    distribution: str
-    version: str
-    module_name: str
-    load: Callable[[], Any]
-    state: PluginState = PluginState.LOADED
-    reason: str = ""
-    import_s: float = 0.0
-    module: Any = None
-    executors: tuple[ExecutorInfo, ...] = ()
-    environment: str = ""
-    traceback: str = ""
-
-    @property
-    def owner(self) -> str:
-        where = f" in environment {self.environment}" if self.environment else ""
-        return self.distribution + where
-
-    def belongs_to(self, other: _Candidate) -> bool:
-        """Whether they are one plugin, installed beside the worker and in an environment."""
-        places = bool(self.environment) + bool(other.environment)
-        return self is other or (places == 1 and self.distribution == other.distribution)
-
-    def refuse(self, state: PluginState, reason: str) -> None:
-        self.state, self.reason, self.executors = state, reason, ()
-
-    def report(self) -> PluginReport:
-        hooks = (name for name in dir(self.module) if name in _HOOKS)
-        return PluginReport(
-            name=self.name,
-            distribution=self.distribution,
-            version=self.version,
-            state=self.state,
-            reason=self.reason,
-            import_s=self.import_s,
-            executors=self.executors,
-            hooks=tuple(hooks) if self.state is PluginState.LOADED else (),
-            environment=self.environment,
-            entry_point=self.module_name,
-            traceback=self.traceback,
-        )
 
 
 class Plugins:
@@ -188,15 +141,15 @@ def load_plugins(settings: Settings, *, files: Iterable[Path] = ()) -> Plugins:
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    installed = [_from_entry_point(point) for point in _sorted_entry_points("flowmesh")]
+    installed = [from_entry_point(point) for point in find_entry_points("flowmesh")]
     files = [Path(path) for path in files]
-    asked_for = [_from_file(path) for path in files]
+    asked_for = [from_file(path) for path in files]
     candidates = installed + asked_for
     for candidate in candidates:
         _apply_lists(candidate, settings)
     environments = list_environments(settings.envs_dir)
     for environment in environments:
-        candidates += _from_environment(environment, settings)
+        candidates += from_environment(environment, settings)
     _refuse_duplicates(candidates)
     for candidate in candidates:
         if candidate.state is PluginState.LOADED and not candidate.environment:
@@ -215,90 +168,14 @@ def load_plugins(settings: Settings, *, files: Iterable[Path] = ()) -> Plugins:
     )
 
 
-def _sorted_entry_points(group: str) -> list[EntryPoint]:
-    return sorted(entry_points(group=group), key=lambda point: (point.name, _distribution(point)))
-
-
-def _distribution(point: EntryPoint) -> str:
-    return str(point.dist.name) if point.dist else "unknown"
-
-
-def _from_entry_point(point: EntryPoint) -> _Candidate:
-    version = point.dist.version if point.dist else "0"
-    return _Candidate(point.name, _distribution(point), version, point.module, point.load)
-
-
-def _from_file(path: Path) -> _Candidate:
-    # The module gets a name of its own, so that `target=f"{__name__}:Class"` can be imported.
-    name = plugin_module_name(path)
-    return _Candidate(path.stem, str(path), "0", name, lambda: import_plugin_file(path))
-
-
-def _from_environment(environment: Environment, settings: Settings) -> list[_Candidate]:
-    """Return what an environment offers, or the one row that says why it is left out."""
-    try:
-        offer = read_offer(environment, settings)
-        return [_from_row(row, environment.name) for row in offer.plugins]
-    except PluginError as exc:
-        candidate = _Candidate(environment.name, "", "", "", _never, environment=environment.name)
-        remedy = f"repair it, or run: flowmesh env remove {environment.name}"
-        candidate.refuse(PluginState.BROKEN, f"{exc}; {remedy}")
-        return [candidate]
-
-
-def _from_row(row: Mapping[str, Any], environment: str) -> _Candidate:
-    """Build a candidate from ``PluginReport.to_dict``; hooks are not called across environments."""
-    try:
-        return _Candidate(
-            name=row["name"],
-            distribution=row["distribution"],
-            version=row["version"],
-            module_name=row.get("entry_point", ""),
-            load=_never,
-            state=PluginState(row["state"]),
-            reason=row["reason"],
-            import_s=row["import_s"],
-            executors=tuple(_settle(info, environment) for info in row["executors"]),
-            environment=environment,
-            traceback=row.get("traceback", ""),
-        )
-    except (KeyError, TypeError, ValueError, PluginError) as exc:
-        raise PluginError(f"environment {environment}: cannot read its plugins: {exc!r}") from exc
-
-
-def _settle(data: Mapping[str, Any], environment: str) -> ExecutorInfo:
-    info = ExecutorInfo.from_dict({**data, "environment": environment})
-    # Another Python's packages cannot be imported here, whatever the author prefers.
-    places = [place for place in info.places if place != "inline"] or ["process"]
-    return attrs.evolve(info, places=places)
-
-
-def core_requirement() -> list[str]:
-    """Return what an installer must be given for a core that goes with this one.
-
-    The folder or wheel that this one came from, as long as it is there; else a version of the
-    same minor.
-    """
-    told = json.loads(distribution(_CORE).read_text("direct_url.json") or "{}")
-    path = Path(unquote(urlsplit(told.get("url", "")).path))
-    if urlsplit(told.get("url", "")).scheme == "file" and path.exists():
-        editable = told.get("dir_info", {}).get("editable")
-        return ["--editable", str(path)] if editable else [str(path)]
-    return [f"{_CORE}~={__version__.partition('+')[0]}"]
-
-
-def _never() -> Any:
-    raise AssertionError("a plugin of another environment is not loaded here")
-
-
-def _apply_lists(candidate: _Candidate, settings: Settings) -> None:
+def _apply_lists(candidate: Candidate, settings: Settings) -> None:
     if candidate.name in settings.disable_plugins:
         candidate.refuse(PluginState.DISABLED, "named in FLOWMESH_DISABLE_PLUGINS")
     elif settings.only_plugins and candidate.name not in settings.only_plugins:
         candidate.refuse(PluginState.DISABLED, "not named in FLOWMESH_ONLY_PLUGINS")
 
 
-def _refuse_duplicates(candidates: Sequence[_Candidate]) -> None:
+def _refuse_duplicates(candidates: Sequence[Candidate]) -> None:
     allowed = [c for c in candidates if c.state is PluginState.LOADED]
     for one in allowed:
         others = [c for c in allowed if c.name == one.name and not one.belongs_to(c)]
@@ -308,7 +185,7 @@ def _refuse_duplicates(candidates: Sequence[_Candidate]) -> None:
             one.refuse(PluginState.CONFLICT, reason)
 
 
-def _load(candidate: _Candidate, manager: pluggy.PluginManager, settings: Settings) -> None:
+def _load(candidate: Candidate, manager: pluggy.PluginManager, settings: Settings) -> None:
     started = time.perf_counter()
     try:
         candidate.module = call_within(candidate.load, settings.plugin_timeout_s)
@@ -321,13 +198,15 @@ def _load(candidate: _Candidate, manager: pluggy.PluginManager, settings: Settin
         _refuse_missing(candidate, exc)
     except (Exception, SystemExit) as exc:  # noqa: BLE001 - one bad plugin must not stop the process
         _log.debug("plugin %s failed to load", candidate.name, exc_info=True)
-        ours = isinstance(exc, PluginError)
-        candidate.refuse(PluginState.BROKEN, str(exc) if ours else f"{type(exc).__name__}: {exc}")
-        candidate.traceback = "" if ours else describe_exception(exc)
+        cause = exc.cause if isinstance(exc, EscapeError) else exc
+        ours = isinstance(cause, PluginError)
+        told = str(cause) if ours else f"{type(cause).__name__}: {cause}"
+        candidate.refuse(PluginState.BROKEN, told)
+        candidate.traceback = "" if ours else describe_exception(cause)
     candidate.import_s = time.perf_counter() - started
 
 
-def _refuse_missing(candidate: _Candidate, exc: ModuleNotFoundError) -> None:
+def _refuse_missing(candidate: Candidate, exc: ModuleNotFoundError) -> None:
     missing = exc.name or str(exc)
     if f"{candidate.module_name}.".startswith(f"{missing}."):  # its own module is not there
         candidate.refuse(PluginState.BROKEN, f"ModuleNotFoundError: {exc}")
@@ -337,7 +216,7 @@ def _refuse_missing(candidate: _Candidate, exc: ModuleNotFoundError) -> None:
     candidate.traceback = describe_exception(exc)
 
 
-def _register(candidate: _Candidate, manager: pluggy.PluginManager, settings: Settings) -> None:
+def _register(candidate: Candidate, manager: pluggy.PluginManager, settings: Settings) -> None:
     try:
         manager.register(candidate.module, name=candidate.name)
         manager.check_pending()
@@ -352,7 +231,7 @@ def _register(candidate: _Candidate, manager: pluggy.PluginManager, settings: Se
         raise
 
 
-def _declared_by(candidate: _Candidate, manager: pluggy.PluginManager) -> tuple[ExecutorInfo, ...]:
+def _declared_by(candidate: Candidate, manager: pluggy.PluginManager) -> tuple[ExecutorInfo, ...]:
     found: list[ExecutorInfo] = []
     for impl in manager.hook.flowmesh_register_executors.get_hookimpls():
         if impl.plugin_name == candidate.name:
@@ -360,7 +239,7 @@ def _declared_by(candidate: _Candidate, manager: pluggy.PluginManager) -> tuple[
     return tuple(found)
 
 
-def _check_declared(declared: Any, candidate: _Candidate) -> Iterable[ExecutorInfo]:
+def _check_declared(declared: Any, candidate: Candidate) -> Iterable[ExecutorInfo]:
     whole = isinstance(declared, Iterable) and not isinstance(declared, (str, Mapping))
     for info in declared if whole else [declared]:
         if not whole or not isinstance(info, ExecutorInfo):
@@ -372,7 +251,7 @@ def _check_declared(declared: Any, candidate: _Candidate) -> Iterable[ExecutorIn
         yield info
 
 
-def _check_api(info: ExecutorInfo, candidate: _Candidate) -> None:
+def _check_api(info: ExecutorInfo, candidate: Candidate) -> None:
     if info.api_version.split(".")[0] != API_VERSION.split(".")[0]:
         raise PluginLoadError(
             f"{candidate.distribution} {candidate.version} wrote executor {info.name!r} for "
@@ -381,7 +260,7 @@ def _check_api(info: ExecutorInfo, candidate: _Candidate) -> None:
         )
 
 
-def _share_out_executors(candidates: Sequence[_Candidate]) -> None:
+def _share_out_executors(candidates: Sequence[Candidate]) -> None:
     """Of a plugin that is here and in an environment, take each executor where it can run.
 
     A plugin installs without its engine, and the environment brings that: what lacks packages
@@ -402,8 +281,8 @@ def _share_out_executors(candidates: Sequence[_Candidate]) -> None:
             there.refuse(PluginState.DISABLED, "installed beside the worker as well")
 
 
-def _refuse_claimed_names(candidates: Sequence[_Candidate], manager: pluggy.PluginManager) -> None:
-    owners: dict[str, list[_Candidate]] = {}
+def _refuse_claimed_names(candidates: Sequence[Candidate], manager: pluggy.PluginManager) -> None:
+    owners: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         for info in candidate.executors:
             owners.setdefault(info.name, []).append(candidate)
@@ -434,33 +313,6 @@ def _complain(report: PluginReport, *, raise_now: bool) -> None:
     _log.error("%s", report.describe())
 
 
-@functools.cache
-def installed_version(name: str) -> str:
-    """Return the version of a distribution, or of the one that a package is imported from.
-
-    Empty when none is installed.
-    """
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        found = packages_distributions().get(name)
-        return version(found[0]) if found else ""
-
-
-def code_version(target: str) -> str:
-    """Return what tells the code of ``package.module:Name`` from any other.
-
-    Returns:
-        The version of its distribution, else the digest of its single file; empty when there is
-        neither.
-    """
-    module = target.partition(":")[0]
-    if known := installed_version(module.partition(".")[0]):
-        return known
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-
-
 def load_driver(group: str, name: str) -> Any:
     """Return the one implementation that a name picks, such as a transport class.
 
@@ -474,7 +326,7 @@ def load_driver(group: str, name: str) -> Any:
     from stevedore.driver import DriverManager  # noqa: PLC0415 - only processes that run tasks
     from stevedore.exception import MultipleMatches  # noqa: PLC0415
 
-    names = sorted({point.name for point in entry_points(group=group)})
+    names = sorted({point.name for point in find_entry_points(group)})
     if name not in names:  # asked first, since stevedore would log a warning of its own
         known = ", ".join(names) or "none"
         raise PluginError(f"{group} has no driver {name!r}; known are {known}")
@@ -499,7 +351,7 @@ def extensions(group: str) -> tuple[dict[str, Any], list[PluginReport]]:
         whose name two distributions claim, is left out and never raises.
     """
     loaded: dict[str, Any] = {}
-    candidates = [_from_entry_point(point) for point in _sorted_entry_points(group)]
+    candidates = [from_entry_point(point) for point in find_entry_points(group)]
     _refuse_duplicates(candidates)
     for candidate in candidates:
         if candidate.state is not PluginState.LOADED:
@@ -513,24 +365,4 @@ def extensions(group: str) -> tuple[dict[str, Any], list[PluginReport]]:
 
 def plugin_names() -> tuple[str, ...]:
     """Return the name of every installed plugin, sorted, without importing any."""
-    return tuple(sorted({point.name for point in entry_points(group="flowmesh")}))
-
-
-def unmet_requirements(name: str) -> tuple[str, ...] | None:
-    """Return what a distribution requires, extras aside, and what is installed instead.
-
-    None when that cannot be told: it is no distribution, or ``packaging`` is not installed.
-    """
-    try:
-        from packaging.requirements import Requirement  # noqa: PLC0415 - not everywhere
-
-        required = [Requirement(text) for text in distribution(name).requires or ()]
-    except (ImportError, PackageNotFoundError):
-        return None
-    here = [each for each in required if each.marker is None or each.marker.evaluate({"extra": ""})]
-    found = {each: installed_version(each.name) for each in here}
-    return tuple(
-        f"requires {each}, {version or 'nothing'} is installed"
-        for each, version in found.items()
-        if not version or not each.specifier.contains(version, prereleases=True)
-    )
+    return tuple(sorted({point.name for point in find_entry_points("flowmesh")}))

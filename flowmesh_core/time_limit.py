@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-__all__ = ["StillRunningError", "call_within", "describe_exception", "locate"]
+__all__ = ["EscapeError", "StillRunningError", "call_within", "describe_exception", "locate"]
 
 _T = TypeVar("_T")
 _CORE = str(Path(__file__).parent)
@@ -34,6 +34,14 @@ class StillRunningError(Exception):
         super().__init__(f"still running{where}")
 
 
+class EscapeError(Exception):
+    """The call raised ``cause``, which ends a process where it is raised on the main thread."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+        super().__init__(f"{type(cause).__name__}: {cause}")
+
+
 def locate(frames: Iterable[tuple[str, object]]) -> str:
     """Return ``, at file:line`` of the first frame outside the standard library.
 
@@ -52,7 +60,8 @@ def call_within(function: Callable[[], _T], limit_s: float) -> _T:
     """Return what a call returns, or raise what it raises.
 
     A thread cannot be ended: one that is late is left behind, and what it answers is lost. It
-    holds no process up that ends.
+    holds no process up that ends. A ``KeyboardInterrupt`` is the user's: with a limit, what the
+    call raises of that kind comes as another error.
 
     Args:
         function: Called on a thread of its own.
@@ -60,6 +69,7 @@ def call_within(function: Callable[[], _T], limit_s: float) -> _T:
 
     Raises:
         StillRunningError: It has not come back.
+        EscapeError: It raised ``KeyboardInterrupt``, ``SystemExit`` or their like on its thread.
     """
     if not limit_s:
         return function()
@@ -68,8 +78,10 @@ def call_within(function: Callable[[], _T], limit_s: float) -> _T:
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as exc:  # noqa: BLE001 - whoever waits for it gets it
+        except Exception as exc:  # noqa: BLE001 - whoever waits for it gets it
             future.set_exception(exc)
+        except BaseException as exc:  # noqa: BLE001 - the same, but it ends nobody
+            future.set_exception(EscapeError(exc))
 
     thread = threading.Thread(target=run, name="flowmesh-plugin", daemon=True)
     thread.start()

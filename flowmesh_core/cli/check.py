@@ -7,7 +7,12 @@ from pathlib import Path
 import click
 
 from flowmesh_core.cli.documents import read_document
-from flowmesh_core.cli.options import assignments_option, file_argument, plugin_files_option
+from flowmesh_core.cli.options import (
+    assignments_option,
+    file_argument,
+    leave_out,
+    plugin_options,
+)
 
 __all__ = ["command"]
 
@@ -15,8 +20,13 @@ __all__ = ["command"]
 @click.command("check")
 @file_argument
 @assignments_option
-@plugin_files_option
-def command(file: Path, assignments: tuple[str, ...], plugin_files: tuple[Path, ...]) -> None:
+@plugin_options
+def command(
+    file: Path,
+    assignments: tuple[str, ...],
+    plugin_files: tuple[Path, ...],
+    without: tuple[str, ...],
+) -> None:
     """Explain what is wrong with the workflow in FILE, without running it."""
     from flowmesh_core.checking import check_workflow
     from flowmesh_core.config import load_settings
@@ -24,7 +34,7 @@ def command(file: Path, assignments: tuple[str, ...], plugin_files: tuple[Path, 
     from flowmesh_core.plugins import load_plugins
     from flowmesh_core.telemetry.probes import GpuReader
 
-    settings = load_settings()
+    settings = leave_out(load_settings(), without)
     plugins = load_plugins(settings, files=plugin_files)
     workflow = plan(read_document(file, assignments))
     gpus = GpuReader(visible_devices=settings.visible_devices).list_gpus()

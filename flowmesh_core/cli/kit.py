@@ -12,7 +12,8 @@ import click
 
 from flowmesh_core.cli.options import assignments_option, plugin_files_option
 
-if TYPE_CHECKING:  # pytest is an extra
+if TYPE_CHECKING:  # loaded when the command runs; pytest is an extra
+    from flowmesh_core.config import Settings
     from flowmesh_core.testing.report import Check, Report
 
 __all__ = ["command"]
@@ -77,6 +78,7 @@ def command(
 
     settings, out = load_settings(), sys.stdout  # pytest puts another in its place
     report = find_executor(name, settings, plugin_files)
+    _check_settings(name, settings, plugin_files)
     specs: dict[str, Any] = {
         "spec": _read_spec(file, assignments) if file else None,
         "long_spec": _read_spec(long_file) if long_file else None,
@@ -95,6 +97,37 @@ def command(
     )
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else _sum_up(report))
     raise SystemExit(0 if report.ok else 1)
+
+
+def _check_settings(name: str, settings: Settings, plugin_files: tuple[Path, ...]) -> None:
+    """Read an executor's settings once, since every check would stumble over the same variable.
+
+    Raises:
+        ConfigError: A variable cannot be read, or a path that nobody gave lies in the home, of
+            which the kit makes another one.
+    """
+    from flowmesh_core.config import load_plugin_settings, plugin_variables
+    from flowmesh_core.errors import ConfigError, PluginError
+    from flowmesh_core.importing import import_target
+    from flowmesh_core.plugins import load_plugins
+
+    declared = load_plugins(settings, files=plugin_files).executors
+    info = next(info for info in declared if info.name == name)
+    if not info.settings or info.environment:
+        return
+    try:
+        model = import_target(info.settings)
+    except PluginError:  # a check says it
+        return
+    found = load_plugin_settings(model, plugin=name)
+    variables = dict(zip(model.model_fields, plugin_variables(model, plugin=name), strict=True))
+    for field in (field for field in variables if field not in found.model_fields_set):
+        path = getattr(found, field)
+        if isinstance(path, Path) and path.expanduser().is_relative_to(Path.home()):
+            raise ConfigError(
+                f"{variables[field]} must name a folder or file for the kit: it is not set, and "
+                f"executor {name!r} would use {path}, where the kit lets no task write"
+            )
 
 
 def _read_spec(file: Path, assignments: tuple[str, ...] = ()) -> Any:

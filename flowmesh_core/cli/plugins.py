@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:  # loaded when the command runs
-    from flowmesh_core.doctor import Patient
+    from flowmesh_core.doctor import Diagnosis
     from flowmesh_core.executor import ExecutorInfo
     from flowmesh_core.plugins import PluginReport, Plugins
 
@@ -113,17 +113,17 @@ def doctor(names: tuple[str, ...], limit_s: float, engine_limit_s: float, as_jso
     from flowmesh_core.errors import PluginError
 
     settings = load_settings()
-    patients = examine(settings, names, limit_s=limit_s, engine_limit_s=engine_limit_s)
-    unknown = [name for name in names if not any(p.answers_to([name]) for p in patients)]
+    diagnoses = examine(settings, names, limit_s=limit_s, engine_limit_s=engine_limit_s)
+    unknown = [name for name in names if not any(each.answers_to([name]) for each in diagnoses)]
     if unknown:
         raise PluginError(
             f"plugin {unknown[0]!r} is not installed; flowmesh plugins list shows what is"
         )
     if as_json:
-        click.echo(json.dumps([patient.to_dict() for patient in patients], indent=2))
+        click.echo(json.dumps([each.to_dict() for each in diagnoses], indent=2))
     else:
-        click.echo("\n".join(line for patient in patients for line in _diagnosis(patient)))
-    raise SystemExit(0 if all(patient.ok for patient in patients) else 1)
+        click.echo("\n".join(line for each in diagnoses for line in _diagnosis_lines(each)))
+    raise SystemExit(0 if all(each.ok for each in diagnoses) else 1)
 
 
 def _load() -> Plugins:
@@ -225,11 +225,11 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _diagnosis(patient: Patient) -> Iterator[str]:
-    row = patient.row
+def _diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
+    row = diagnosis.row
     where = f", environment {row['environment']}" if row["environment"] else ""
     yield f"{row['name']} ({row['distribution']} {row['version']}{where}): {row['state']}"
-    for finding in patient.findings:
+    for finding in diagnosis.findings:
         who = f"{finding.executor}: " if finding.executor else ""
         yield f"  {finding.verdict.value:7}  {who}{finding.check}: {finding.told}"
         if finding.traceback:

@@ -15,7 +15,12 @@ import attrs
 import click
 
 from flowmesh_core.cli.documents import read_document
-from flowmesh_core.cli.options import assignments_option, file_argument, plugin_files_option
+from flowmesh_core.cli.options import (
+    assignments_option,
+    file_argument,
+    leave_out,
+    plugin_options,
+)
 from flowmesh_core.cli.process import leave, run_main
 
 if TYPE_CHECKING:  # loaded when the command runs
@@ -38,13 +43,14 @@ _SHOWN_CHARS = 600
     help="Where results are written.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-@plugin_files_option
+@plugin_options
 def command(
     file: Path,
     assignments: tuple[str, ...],
     out: Path,
     as_json: bool,
     plugin_files: tuple[Path, ...],
+    without: tuple[str, ...],
 ) -> None:
     """Run the workflow in FILE on this machine, with no service."""
     from flowmesh_core.checking import check_workflow
@@ -57,7 +63,7 @@ def command(
 
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
     settings = load_settings(results_dir=out, transport="local", worker_id="local")
-    settings = attrs.evolve(settings, drain_timeout_s=0.0)
+    settings = leave_out(attrs.evolve(settings, drain_timeout_s=0.0), without)
     plugins = load_plugins(settings, files=plugin_files)
     workflow = plan(read_document(file, assignments))
     gpus = GpuReader(visible_devices=settings.visible_devices).list_gpus()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flowmesh_core.cli.options import plugin_files_option
+from flowmesh_core.cli.options import leave_out, plugin_options
 from flowmesh_core.cli.process import leave, run_main
 
 if TYPE_CHECKING:  # loaded when the command runs
@@ -24,21 +24,17 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 @click.command("worker")
-@plugin_files_option
-@click.option("--no-plugin", "without", multiple=True, metavar="NAME", help="Leave a plugin out.")
+@plugin_options
 def command(plugin_files: tuple[Path, ...], without: tuple[str, ...]) -> None:
     """Take tasks from the queue until stopped; variables configure it (REDIS_URL, RESULTS_DIR...).
 
     SIGTERM and SIGINT let running tasks end and unregister the worker; a second one cancels them.
     """
-    import attrs
-
     from flowmesh_core.config import load_settings
     from flowmesh_core.plugins import load_plugins
     from flowmesh_core.worker import Worker
 
-    settings = load_settings()
-    settings = attrs.evolve(settings, disable_plugins=(*settings.disable_plugins, *without))
+    settings = leave_out(load_settings(), without)
     logging.basicConfig(level=settings.log_level, format=_FORMAT)
     plugins = load_plugins(settings, files=plugin_files)
     worker = Worker(settings, plugins=plugins)

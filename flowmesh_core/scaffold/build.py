@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -66,6 +66,7 @@ def build_new(names: Names) -> Project:
     """Return a project with an executor to start from."""
     values = _values(names, ["pydantic"])
     values |= {"dev": "", "mypy_overrides": "", "layout": _NEW_LAYOUT}
+    values["kit"] = f"flowmesh kit {names.executor}"
     begin = f"put your engine into src/{names.package}/engine.py, its options into spec.py"
     return Project(files=render("new", values), notes=(begin,))
 
@@ -95,6 +96,7 @@ def build_from_file(names: Names, path: Path, workflow: Any = None, text: str = 
         "dev": '    "types-PyYAML",\n',
         "mypy_overrides": _overrides(names, one.imports),
         "layout": _FILE_LAYOUT,
+        "kit": _kit_command(one.infos, task_type),
         "suites": "".join(_suite(info, task_type) for info in one.infos),
         "executors": "".join(f"        {json.dumps(info.name)},\n" for info in one.infos),
     }
@@ -115,6 +117,12 @@ def _values(names: Names, imports: Iterable[str]) -> dict[str, str]:
         "dependencies": "\n".join(f'    "{entry}",' for entry in entries),
         "example": _EXAMPLE.as_posix(),
     }
+
+
+def _kit_command(infos: Sequence[ExecutorInfo], task_type: str) -> str:
+    """Return what examines the executor that the example runs."""
+    info = next((info for info in infos if task_type in info.task_types), infos[0])
+    return f"flowmesh kit {info.name}" + ("" if info.example else f" --spec {_EXAMPLE.as_posix()}")
 
 
 def _overrides(names: Names, imports: Iterable[str]) -> str:

@@ -64,23 +64,26 @@ def split_modules(path: Path, one: OneFile, package: str) -> dict[str, str]:
     it stays whole.
     """
     source = one.source.replace(plugin_module_name(path), f"{package}.plugin")
-    body = ast.parse(source).body
-    whole = {"plugin.py": source}
-    crowded = any(b.lineno <= (a.end_lineno or 0) for a, b in pairwise(body))
+    parts = _read_parts(source)
+    crowded = any(b.node.lineno <= (a.node.end_lineno or 0) for a, b in pairwise(parts))
     if crowded or not loads_much(source):
-        return whole
-    parts = _read_parts(source, body)
-    head = parts.pop(0).text if ast.get_docstring(ast.parse(source)) else ""
+        return {"plugin.py": source}
+    return _take_apart(parts, _declared_names(one), package) or {"plugin.py": source}
+
+
+def _take_apart(parts: Sequence[_Part], declared: set[str], package: str) -> dict[str, str]:
+    """Return both modules; none where the declaration needs what is not light."""
+    head, parts = (parts[0].text, parts[1:]) if parts[0].is_docstring else ("", parts)
     used = _used(parts)
     shared = [
         part for part in parts if part.is_import and (part.defines & used or _is_future(part))
     ]
     own = [part for part in parts if part not in shared]  # what nobody uses is imported for itself
-    light = _find_light(own, _declared_names(one))
+    light = _find_light(own, declared)
     rest = [part for part in own if part not in light]
     text = _TARGET.sub(lambda found: _move(found, rest, package), _join(light, shared))
     if loads_much(text) or f'"{package}.executor:' not in text:
-        return whole
+        return {}
     needed = sorted(_names(light) & _used(rest))
     link = f"from {package}.plugin import {', '.join(needed)}\n" if needed else ""
     return {"plugin.py": head + text, "executor.py": _join(rest, shared, link)}
@@ -96,6 +99,12 @@ class _Part:
     node: ast.stmt
 
     @property
+    def is_docstring(self) -> bool:
+        """Whether it is a text that stands for itself, as the first one of a module does."""
+        value = self.node.value if isinstance(self.node, ast.Expr) else None
+        return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+    @property
     def is_import(self) -> bool:
         """Whether it goes wherever one of its names is used."""
         return isinstance(self.node, (ast.Import, ast.ImportFrom))
@@ -106,9 +115,9 @@ class _Part:
         return isinstance(self.node, ast.FunctionDef) and self.node.name.startswith("flowmesh_")
 
 
-def _read_parts(source: str, body: Sequence[ast.stmt]) -> list[_Part]:
+def _read_parts(source: str) -> list[_Part]:
     lines, parts, start = f"{source.rstrip()}\n".splitlines(keepends=True), [], 0
-    for node in body:
+    for node in ast.parse(source).body:
         end = node.end_lineno or node.lineno
         text = "".join(lines[start:end])
         parts.append(_Part(text, frozenset(_bound(node)), frozenset(_loaded(node)), node))

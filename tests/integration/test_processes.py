@@ -296,12 +296,17 @@ def test_every_report_is_a_line_and_subscribers_get_a_few_and_the_last(tmp_path:
 
 
 def test_a_task_may_run_another_one_and_sees_how_it_ended(tmp_path: Path) -> None:
-    told = run(tmp_path, "child", child={"taskType": "echo", "m": 1}).result["told"]
+    parent = run(tmp_path, "child", child={"taskType": "echo", "m": 1})
+    told = parent.result["told"]
     assert told["result"]["echo"]["m"] == 1
-    told = run(tmp_path, "child", child={"taskType": "rough", "do": "exit"}).result["told"]
+    assert Path(told["folder"]) == parent.folder / "children" / "1"
+    parent = run(tmp_path, "child", child={"taskType": "rough", "do": "exit"})
+    told = parent.result["told"]
     assert "exit code 3" in told["error"]
+    assert Path(told["folder"]) == parent.folder / "children" / "1"
     told = run(tmp_path, "child", child={"taskType": "nobody"}).result["told"]
     assert "'nobody' is not known" in told["error"]
+    assert told["folder"] == "None"
 
 
 # Warm processes.

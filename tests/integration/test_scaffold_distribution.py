@@ -168,3 +168,6 @@ def test_a_single_file_with_an_engine_passes_all_checks_after_the_formatter(
     assert "hypothesis" not in plugin
     ran = venv.run("flowmesh", "run", "examples/example.yaml", "--json", cwd=folder)
     assert json.loads(ran)[0]["result"] == {"ok": True, "by": "hypothesis", "counts": [0, 1, 2]}
+    readme = (folder / "README.md").read_text().splitlines()
+    (kit,) = [line for line in readme if line.startswith("flowmesh kit ")]
+    venv.run(*kit.split(), cwd=folder)

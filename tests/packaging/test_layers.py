@@ -26,7 +26,8 @@ LAYERS = (
     "specs workflow templates rows data checkpoints files models inputs answers executor hookspecs"
     " hook_trace serving merge ledger echo",
     "task_log task_progress",
-    "plugins plugin_reports registry artifacts stores transports places telemetry",
+    "distributions plugins plugin_candidates plugin_reports registry artifacts stores transports"
+    " places telemetry",
     "checking resources batches reservations members preparation result_cache runner presence"
     " housekeeping doctor doctor_child",
     "worker",
@@ -41,8 +42,11 @@ DOORS = {
     "isal": ("artifacts/",),
     "tarfile": ("artifacts/",),
     "zipfile": ("artifacts/",),
-    "importlib.metadata": ("plugins.py", "scaffold/requirements.py"),
-    "packaging": ("plugins.py",),
+    "importlib.metadata": (
+        *("distributions.py", "plugin_candidates.py", "plugins.py"),
+        "scaffold/requirements.py",
+    ),
+    "packaging": ("distributions.py",),
     "stevedore": ("plugins.py",),
     "psutil": ("telemetry/", "places/", "testing/"),
     "pynvml": ("telemetry/",),
@@ -264,7 +268,7 @@ DISTRIBUTION_OF = {
     "yaml": "pyyaml",
 }
 # Asked for only when it is there, with a sentence that says how to install it.
-OPTIONAL = {"datasets", "packaging"}
+OPTIONAL = {"datasets"}
 # Specs are pydantic models and rows attrs classes: the core brings both for its plugins.
 FROM_THE_CORE = {"attrs", "pydantic"}
 

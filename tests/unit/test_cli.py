@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 
-def flowmesh(*arguments: str) -> subprocess.CompletedProcess[str]:
+def flowmesh(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flowmesh_core", *arguments],
+        env={**os.environ, **environ},
         capture_output=True,
         text=True,
         timeout=60,
@@ -44,6 +46,34 @@ def test_show_prints_one_plugin_and_refuses_a_stranger() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: plugin 'nothing' is not installed; installed are ")
     assert "echo" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_plugin_can_be_left_out_of_a_local_run(tmp_path: Path, command: str) -> None:
+    for name in ("acme", "other"):
+        info = tmp_path / f"{name}_raises-1.2.dist-info"
+        info.mkdir()
+        head = f"Metadata-Version: 2.1\nName: {name}-raises\nVersion: 1.2\n"
+        (info / "METADATA").write_text(head)
+        (info / "entry_points.txt").write_text(f"[flowmesh]\n{name} = {name}_raises\n")
+        (tmp_path / f"{name}_raises.py").write_text("raise RuntimeError('it was imported')\n")
+    document = tmp_path / "echo.yaml"
+    document.write_text("spec: {taskType: echo}\n")
+    arguments = [command, str(document), *(["--out", str(tmp_path)] if command == "run" else [])]
+    environ = {
+        "PYTHONPATH": str(tmp_path),
+        "FLOWMESH_ONLY_PLUGINS": "acme,echo,other",
+        "FLOWMESH_DISABLE_PLUGINS": "other",
+        "FLOWMESH_STRICT_PLUGINS": "1",
+    }
+    done = flowmesh(*arguments, **environ)
+    assert done.returncode == 2
+    assert "is broken: RuntimeError: it was imported" in done.stderr
+    done = flowmesh(*arguments, "--no-plugin", "acme", "--no-plugin", "trl", **environ)
+    assert done.returncode == 0, done.stderr
+    done = flowmesh(*arguments, "--no-plugin", "echo", "--no-plugin", "acme", **environ)
+    assert done.returncode == 2
+    assert "task type 'echo' is not known here; known are none" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "check", "worker", "plugins"])

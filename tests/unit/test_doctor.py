@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowmesh_core.doctor import Finding, Patient, Verdict, _Ward
+from flowmesh_core.doctor import Diagnosis, Finding, Verdict, _Examiner
 from flowmesh_core.executor import ExecutorInfo
 
 
@@ -30,17 +30,17 @@ def test_gpus_are_judged_by_what_the_worker_and_the_engine_see(
     gpus: int, answer: dict[str, Any], capabilities: list[str], verdict: str, told: str
 ) -> None:
     info = ExecutorInfo(name="a", task_types={"a"}, target="m:C", capabilities=capabilities)
-    ward = _Ward({}, (), gpus, None, 1.0)
-    finding = ward._examine_gpus(info, answer)
+    examiner = _Examiner({}, (), gpus, None, 1.0)
+    finding = examiner._examine_gpus(info, answer)
     assert (finding.check, finding.verdict.value, finding.told) == ("gpu", verdict, told)
 
 
-def test_a_patient_of_another_environment_comes_through_as_data() -> None:
+def test_a_diagnosis_of_another_environment_comes_through_as_data() -> None:
     finding = Finding(check="load", verdict=Verdict.FAILED, told="no", traceback="File x")
     row = {"name": "acme", "environment": "", "executors": [{"name": "acme.tts"}]}
-    patient = Patient(row=row, findings=[finding])
-    again = Patient.from_dict(patient.to_dict(), environment="blue")
-    assert again == Patient(row={**row, "environment": "blue"}, findings=[finding])
+    diagnosis = Diagnosis(row=row, findings=[finding])
+    again = Diagnosis.from_dict(diagnosis.to_dict(), environment="blue")
+    assert again == Diagnosis(row={**row, "environment": "blue"}, findings=[finding])
     assert not again.ok
     assert again.answers_to(["acme.tts"])
     assert again.answers_to(["acme"])

@@ -20,6 +20,7 @@ from stevedore.extension import ExtensionManager
 
 import flowmesh_core
 from flowmesh_core.config import Settings
+from flowmesh_core.distributions import unmet_requirements
 from flowmesh_core.echo import EchoExecutor
 from flowmesh_core.errors import (
     ExecutorUnavailableError,
@@ -39,7 +40,6 @@ from flowmesh_core.plugins import (
     load_driver,
     load_plugins,
     plugin_names,
-    unmet_requirements,
 )
 from flowmesh_core.registry import ExecutorRegistry
 
@@ -239,6 +239,9 @@ FIRST = "@hookimpl\ndef flowmesh_after_task():\n    raise AssertionError('it was
     [
         ("raise RuntimeError('on import')", "RuntimeError: on import"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt('by itself')", "KeyboardInterrupt: by itself"),
+        ("import pytest\npytest.skip('no', allow_module_level=True)", "Skipped: no"),
+        (RETURNS + "exec('raise KeyboardInterrupt')", "KeyboardInterrupt: "),
         ("def f(:", "SyntaxError: "),
         ("import json.nothing", "json.nothing"),
         ("from json import nothing", "ImportError: cannot import name 'nothing'"),
@@ -370,10 +373,10 @@ def test_no_limit_means_that_a_plugin_is_loaded_on_the_calling_thread(site: Site
     assert sys.modules["acme_plugin"].thread is not threading.current_thread()
 
 
-def test_ctrl_c_during_an_import_is_no_broken_plugin(site: Site) -> None:
+def test_without_a_limit_an_interrupt_during_an_import_is_the_users(site: Site) -> None:
     site.plugin("acme", "raise KeyboardInterrupt('by hand')")
     with pytest.raises(KeyboardInterrupt, match="by hand"):
-        load("acme")
+        load("acme", plugin_timeout_s=0.0)
 
 
 def test_a_plugin_that_takes_its_time_is_loaded_with_a_warning(
@@ -426,12 +429,16 @@ def test_unmet_requirements_name_what_is_wanted_and_what_is_there(site: Site) ->
         "requires gone-x, nothing is installed",
     )
     assert unmet_requirements("flowmesh-core") == ()
-    assert unmet_requirements("/a/file.py") is None
 
 
-def test_requirements_cannot_be_told_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
-    assert unmet_requirements("flowmesh-core") is None
+def test_requirements_that_cannot_be_told_say_what_could_not_be_read(site: Site) -> None:
+    with pytest.raises(PluginError, match=r"^cannot be told: the metadata of gone cannot be found"):
+        unmet_requirements("gone")
+    site.install("wants", {})
+    with (site.folder / "wants-1.2.dist-info" / "METADATA").open("a") as file:
+        file.write("Requires-Dist: pluggy wrong>>1\n")
+    with pytest.raises(PluginError, match=r"^cannot be told: the metadata of wants: .*wrong"):
+        unmet_requirements("wants")
 
 
 def test_strict_raises_for_the_first_refused_plugin(site: Site) -> None:
@@ -751,7 +758,7 @@ def test_a_core_for_an_environment_comes_from_where_this_one_came(
     site: Site, told: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.install("flowmesh-core", {})
-    monkeypatch.setattr("flowmesh_core.plugins.__version__", "1.2+local")
+    monkeypatch.setattr("flowmesh_core.distributions.__version__", "1.2+local")
     (site.folder / "a b").mkdir()
     if told:
         path = site.folder / "flowmesh_core-1.2.dist-info" / "direct_url.json"

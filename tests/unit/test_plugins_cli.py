@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 import flowmesh_core
+from flowmesh_core.testing import wait_for
 
 HEAD = """
 from flowmesh_core import Capability, ExecutorInfo, hookimpl
@@ -104,9 +106,9 @@ class Site:
 
     def diagnose(self, *arguments: str, code: int = 0, **environ: str) -> dict[str, dict[str, str]]:
         """Return what the doctor found about acme, by check."""
-        (patient,) = self.json("doctor", "acme", *arguments, code=code, **environ)
-        assert patient["ok"] is (code == 0)
-        return {finding["check"]: finding for finding in patient["findings"]}
+        (diagnosis,) = self.json("doctor", "acme", *arguments, code=code, **environ)
+        assert diagnosis["ok"] is (code == 0)
+        return {finding["check"]: finding for finding in diagnosis["findings"]}
 
 
 @pytest.fixture
@@ -148,6 +150,35 @@ def test_a_hanging_plugin_does_not_hold_the_list_up(site: Site) -> None:
     assert "in ask" in acme["traceback"]
     assert acme["hint"] == "run: flowmesh plugins doctor acme"
     assert [row["state"] for row in rows if row["name"] == "echo"] == ["loaded"]
+
+
+def test_a_plugin_that_raises_an_interrupt_is_one_broken_row(site: Site) -> None:
+    site.install("acme-interrupts", "acme", "raise KeyboardInterrupt('by itself')")
+    states = {row["name"]: (row["state"], row["reason"]) for row in site.json("list")}
+    assert states["acme"] == ("broken", "KeyboardInterrupt: by itself")
+    assert states["echo"] == ("loaded", "")
+
+
+def test_ctrl_c_ends_the_list_while_a_plugin_hangs(site: Site) -> None:
+    begun = site.folder / "begun"
+    site.install("acme-hangs", "acme", f"open({str(begun)!r}, 'w').close()\n{HANGS}")
+    # A shell that runs the tests in its background has them ignore the signal.
+    code = "from signal import *; signal(SIGINT, default_int_handler)\n"
+    code += "from flowmesh_core.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "plugins", "list"],
+        env={**os.environ, "PYTHONPATH": str(site.folder), "FLOWMESH_ONLY_PLUGINS": "acme"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as listing:
+        try:
+            wait_for(begun.exists, timeout_s=60)
+            listing.send_signal(signal.SIGINT)
+            out, err = listing.communicate(timeout=8)  # less than the plugin has
+        finally:
+            listing.kill()
+    assert (listing.returncode, out, err) == (130, "", "interrupted\n")
 
 
 def test_hooks_are_traced_beside_the_list(site: Site) -> None:
@@ -251,6 +282,7 @@ def test_the_doctor_examines_all_that_is_installed(site: Site) -> None:
     ("source", "state", "told"),
     [
         ("raise RuntimeError('no licence')", "broken", "RuntimeError: no licence"),
+        ("raise KeyboardInterrupt('by itself')", "broken", "KeyboardInterrupt: by itself"),
         ("import os; os._exit(3)", "broken", "its process ended with exit code 3: it said nothing"),
         ("import ctypes; ctypes.string_at(0)", "broken", "its process was killed by SIGSEGV"),
         ("import acme_gone", "missing", "needs the package acme_gone, not installed here"),
@@ -261,13 +293,13 @@ def test_the_doctor_examines_all_that_is_installed(site: Site) -> None:
             "1.0; install versions that match",
         ),
     ],
-    ids=["raises", "exits", "crashes", "missing", "api"],
+    ids=["raises", "interrupts", "exits", "crashes", "missing", "api"],
 )
 def test_the_doctor_says_how_loading_fails(site: Site, source: str, state: str, told: str) -> None:
     site.install("acme-tts", "acme", source)
-    (patient,) = site.json("doctor", "acme", code=1)
-    assert patient["state"] == state
-    load, requirements = patient["findings"]
+    (diagnosis,) = site.json("doctor", "acme", code=1)
+    assert diagnosis["state"] == state
+    load, requirements = diagnosis["findings"]
     assert (load["verdict"], load["told"]) == ("failed", told)
     assert requirements["verdict"] == "ok"
 
@@ -287,10 +319,10 @@ def test_the_doctor_says_where_a_plugin_hangs(site: Site) -> None:
 def test_two_plugins_of_one_name_name_each_other(site: Site) -> None:
     for name in ("acme-one", "acme-two"):
         site.install(name, "acme", HOOK.format(""))
-    patients = site.json("doctor", "acme", code=1)
-    for patient in patients:
-        assert "is claimed by acme-one, acme-two" in patient["findings"][0]["told"]
-    assert len(patients) == 2
+    diagnoses = site.json("doctor", "acme", code=1)
+    for diagnosis in diagnoses:
+        assert "is claimed by acme-one, acme-two" in diagnosis["findings"][0]["told"]
+    assert len(diagnoses) == 2
 
 
 def test_two_executors_of_one_name_name_each_other(site: Site) -> None:
@@ -318,10 +350,15 @@ def test_a_plugin_that_is_blocked_is_not_touched(site: Site) -> None:
         ("needs=['acme_gone'], install='get acme'", "needs", "lacks acme_gone; run: get acme"),
         ("target='acme_engine:Gone'", "engine", "cannot import acme_engine:Gone: AttributeError"),
         ("target='acme_engine:Spec'", "engine", "must be a subclass of flowmesh_core.Executor"),
+        ("target='flowmesh_core:Executor'", "engine", "must define run, or run_group"),
         ("needs=['acme_bad']", "engine", "cannot import acme_bad:__name__: OSError: libacme.so"),
         ("needs=['acme_dies']", "engine", "its process was killed by SIGKILL"),
         ("spec='acme_gone:Spec'", "declaration", "spec acme_gone:Spec: cannot import"),
-        ("spec='acme_engine:Tts'", "declaration", "spec acme_engine:Tts: type object 'Tts' has no"),
+        (
+            "spec='acme_engine:Tts'",
+            "declaration",
+            "acme_engine:Tts must be a subclass of pydantic.BaseModel, got Tts",
+        ),
         (
             "spec='acme_engine:Spec', example='acme_engine:HEAD'",
             "declaration",
@@ -366,6 +403,14 @@ def test_an_engine_imported_by_the_plugins_module_is_pointed_out(site: Site) -> 
     assert "it imports acme_engine, which belongs into the executor's module" in load["told"]
 
 
+def test_requirements_that_cannot_be_read_are_skipped_with_the_reason(site: Site) -> None:
+    site.install("acme-tts", "acme", HOOK.format(""), requires="pluggy wrong>>1")
+    found = site.diagnose()["requirements"]
+    assert found["verdict"] == "skipped"
+    assert found["told"].startswith("cannot be told: the metadata of acme-tts: ")
+    assert "pluggy wrong>>1" in found["told"]
+
+
 def test_requirements_that_are_not_met_are_told(site: Site) -> None:
     site.install("acme-tts", "acme", HOOK.format(""), requires="pluggy>=77")
     told = failed(site.diagnose(code=1))["requirements"]
@@ -402,9 +447,13 @@ def blue(site: Site) -> Site:
 def test_a_plugin_of_an_environment_is_examined_and_described_there(site: Site, blue: Site) -> None:
     (site.folder / "acme_engine.py").unlink()
     blue.install("acme-tts", "acme", DECLARED)
-    (patient,) = site.json("doctor", "acme")
-    assert (patient["environment"], patient["ok"], patient["state"]) == ("blue", True, "loaded")
-    engine = next(each for each in patient["findings"] if each["check"] == "engine")
+    (diagnosis,) = site.json("doctor", "acme")
+    assert (diagnosis["environment"], diagnosis["ok"], diagnosis["state"]) == (
+        "blue",
+        True,
+        "loaded",
+    )
+    engine = next(each for each in diagnosis["findings"] if each["check"] == "engine")
     assert engine["verdict"] == "ok"
     schema = site.json("schema", "acme.tts")
     assert list(schema["properties"]) == ["taskType", "voice", "tempo", "words"]
@@ -428,7 +477,7 @@ def test_what_an_environment_serves_need_not_be_here(site: Site, blue: Site) -> 
 
 def test_an_environment_without_the_core_fails(site: Site) -> None:
     venv.create(site.folder / "envs" / "bare", symlinks=True, with_pip=False)
-    patients = site.json("doctor", code=1)
-    (bare,) = [patient for patient in patients if patient["environment"]]
+    diagnoses = site.json("doctor", code=1)
+    (bare,) = [diagnosis for diagnosis in diagnoses if diagnosis["environment"]]
     assert bare["name"] == "bare"
     assert "No module named 'flowmesh_core'" in bare["findings"][0]["told"]

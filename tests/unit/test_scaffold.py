@@ -339,3 +339,22 @@ def test_a_file_that_declares_nothing_or_breaks_is_refused(tmp_path: Path) -> No
     broken = write(tmp_path / "broken.py", "import no_such_engine\n")
     with pytest.raises(PluginError, match=r"no_such_engine"):
         build_from_file(parse_names("acme-one"), broken)
+
+
+def test_the_readme_examines_the_executor_with_what_the_project_has(tmp_path: Path) -> None:
+    command = "flowmesh kit acme.shout --spec examples/example.yaml\n"
+    assert command in build_one(tmp_path, LIGHT)["README.md"]
+    text = LIGHT.replace("target=", 'example=f"{__name__}:EXAMPLE", target=')
+    declared = build_one(tmp_path, text + "\n\nEXAMPLE = {}\n")["README.md"]
+    assert "flowmesh kit acme.shout\n" in declared
+    assert "flowmesh kit acme.tts\n" in build_new(parse_names("acme-tts")).files[Path("README.md")]
+
+
+def test_of_several_executors_the_readme_examines_the_one_that_the_example_runs(
+    tmp_path: Path,
+) -> None:
+    second = 'ExecutorInfo(name="acme.b", task_types="acme.b", target=f"{__name__}:Shout")]'
+    file = write(tmp_path / "pair.py", LIGHT.replace('Shout")]', f'Shout"), {second}'))
+    project = build_from_file(parse_names("acme-one"), file, {"spec": {"taskType": "acme.b"}})
+    readme = project.files[Path("README.md")]
+    assert "flowmesh kit acme.b --spec examples/example.yaml\n" in readme
