@@ -154,7 +154,7 @@ def engine(session: nox.Session, name: str) -> None:
     install_engine(session, name)
     session.install("pytest-xdist>=3.6")
     # These wait for processes to start, most of the time; the others compute.
-    parallel = ("-n", "2", "--dist", "loadfile") if name in ("agent", "vllm") else ()
+    parallel = ("-n", "2", "--dist", "loadfile") if name in ("agent", "rag", "vllm") else ()
     pytest(session, f"plugins/flowmesh-{name}/tests", "-m", "not slow", *parallel)
     pytest(session, f"tests/together/{SHARED[name]}")
 
