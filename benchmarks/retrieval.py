@@ -168,7 +168,7 @@ class Bench:
     """The corpus, a loaded executor, and a method for each stage."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, url: str) -> None:
-        from flowmesh_rag.spec import RagSettings
+        from flowmesh_rag.settings import RagSettings
 
         self.args, self.folder, self.url = args, folder, url
         self.corpus = read_corpus(args.chunks)
@@ -196,8 +196,8 @@ class Bench:
 
     @cached_property
     def embedder(self) -> Any:
+        from flowmesh_rag.blocks import SentenceOptions
         from flowmesh_rag.sentence import SentenceEmbedder
-        from flowmesh_rag.spec import SentenceOptions
 
         return SentenceEmbedder(self.find_model(), SentenceOptions(), settings=self.settings)
 

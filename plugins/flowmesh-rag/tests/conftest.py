@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowmesh_rag.spec import IndexSpec, RagSettings, RagSpec, VectorSpec
+from flowmesh_rag.settings import RagSettings
+from flowmesh_rag.spec import IndexSpec, RagSpec, VectorSpec
 
 from flowmesh_core import Inputs, RunContext
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from flowmesh_rag.embedder import Embedder
 from flowmesh_rag.indexing import IndexExecutor
-from flowmesh_rag.spec import IndexSpec, RagSettings
+from flowmesh_rag.settings import RagSettings
+from flowmesh_rag.spec import IndexSpec
 
 from flowmesh_core import FileRef, Inputs, RunContext
 

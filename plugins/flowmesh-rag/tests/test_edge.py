@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flowmesh_rag.spec import RagSettings, StoreBlock
+from flowmesh_rag.blocks import StoreBlock
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import DENSE, CollectionFacts, Search, SearchOptions, open_store
 from store_suite import FACTS, POINTS, OpenAgain, StoreSuite, make_id, make_point
 
@@ -87,7 +88,8 @@ def elsewhere(settings: RagSettings) -> Iterator[subprocess.Popen[str]]:
     script = textwrap.dedent(
         f"""
         import sys
-        from flowmesh_rag.spec import RagSettings, StoreBlock
+        from flowmesh_rag.blocks import StoreBlock
+        from flowmesh_rag.settings import RagSettings
         from flowmesh_rag.stores.base import open_store
         settings = RagSettings.model_validate({{"FLOWMESH_RAG_DIR": {str(settings.folder)!r}}})
         block = StoreBlock(type="edge", collection="docs")
@@ -250,7 +252,8 @@ def test_the_builder_keeps_the_lock_when_its_parent_is_gone(
     script = textwrap.dedent(
         f"""
         import time
-        from flowmesh_rag.spec import RagSettings, StoreBlock
+        from flowmesh_rag.blocks import StoreBlock
+        from flowmesh_rag.settings import RagSettings
         from flowmesh_rag.stores.base import open_store
         settings = RagSettings.model_validate({{"FLOWMESH_RAG_DIR": {str(settings.folder)!r}}})
         block = StoreBlock(type="edge", collection="docs")

@@ -12,9 +12,10 @@ from typing import Any
 
 import attrs
 import pytest
+from flowmesh_rag.blocks import RagEmbedding, RemoteBlock, Rerank
 from flowmesh_rag.embedder import open_embedder, open_reranker
 from flowmesh_rag.endpoint import Endpoint, EndpointEmbedder, EndpointReranker
-from flowmesh_rag.spec import RagEmbedding, RagSettings, RemoteBlock, Rerank
+from flowmesh_rag.settings import RagSettings
 
 from flowmesh_core import CancelledError, ExecutionError, FlowmeshError, InputError
 

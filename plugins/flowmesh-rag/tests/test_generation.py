@@ -14,8 +14,9 @@ from typing import Any
 
 import attrs
 import pytest
+from flowmesh_rag.blocks import Generate
 from flowmesh_rag.generation import SYSTEM_PROMPT, Answer, Asked, answer_all, build_prompt
-from flowmesh_rag.spec import Generate, RagSettings
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import Hit
 
 from flowmesh_core import (
@@ -98,7 +99,7 @@ def ask(tmp_path: Path) -> Callable[..., Any]:
         task_types={"asking"},
         target=f"{__name__}:Asking",
         places=("inline",),
-        settings="flowmesh_rag.spec:RagSettings",
+        settings="flowmesh_rag.settings:RagSettings",
     )
 
     def ask(asked: Sequence[tuple[str, Sequence[str]]], **generate: Any) -> Any:
@@ -338,7 +339,8 @@ CANCELLED = """
 import pathlib, sys, time
 from flowmesh_core import CancelledError, Inputs, RunContext
 from flowmesh_rag.generation import Asked, answer_all
-from flowmesh_rag.spec import Generate, RagSettings
+from flowmesh_rag.blocks import Generate
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import Hit
 
 until = time.monotonic() + 1

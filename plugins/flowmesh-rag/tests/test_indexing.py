@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 import pytest
-from flowmesh_rag.spec import RagSettings
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import BOOKKEEPING, Search, SearchOptions, open_store
 
 from flowmesh_core import CancelledError, FileRef, InputError, RowSource
@@ -86,7 +86,7 @@ def points(settings: RagSettings, store: str) -> Callable[[], list[Mapping[str, 
     """Payloads of all points, by source and start."""
 
     def points() -> list[Mapping[str, Any]]:
-        from flowmesh_rag.spec import StoreBlock
+        from flowmesh_rag.blocks import StoreBlock
 
         block = StoreBlock(type=store, collection="notes")
         with open_store(block, owner="", settings=settings) as opened:

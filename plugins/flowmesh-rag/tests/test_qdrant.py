@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from flowmesh_rag.spec import RagSettings, StoreBlock
+from flowmesh_rag.blocks import StoreBlock
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import (
     DENSE,
     SPARSE,

@@ -11,8 +11,9 @@ from typing import Any
 
 import attrs
 import pytest
+from flowmesh_rag.blocks import StoreBlock
 from flowmesh_rag.plugin import flowmesh_register_executors
-from flowmesh_rag.spec import RagSettings, StoreBlock
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import BOOKKEEPING, CollectionFacts, open_store
 from word_models import TEXTS, WORDS, WordEmbedder, WordExecutor, count_words, make_point
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flowmesh_rag.blocks import RagEmbedding, Rerank, SentenceOptions
 from flowmesh_rag.embedder import open_embedder, open_reranker
-from flowmesh_rag.spec import RagEmbedding, RagSettings, Rerank, SentenceOptions
+from flowmesh_rag.settings import RagSettings
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build_tiny_embedder, build_tiny_reranker

@@ -5,14 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowmesh_rag.spec import (
-    IndexSpec,
-    RagSettings,
-    RagSpec,
-    SentenceOptions,
-    StoreBlock,
-    VectorSpec,
-)
+from flowmesh_rag.blocks import SentenceOptions, StoreBlock
+from flowmesh_rag.settings import RagSettings
+from flowmesh_rag.spec import IndexSpec, RagSpec, VectorSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from flowmesh_rag.spec import RagSettings, StoreBlock
+from flowmesh_rag.blocks import StoreBlock
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import DENSE, CollectionFacts, Search, SearchOptions, open_store
 from store_suite import FACTS, POINTS, OpenAgain, StoreSuite, make_id, make_point
 

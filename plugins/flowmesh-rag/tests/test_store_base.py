@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowmesh_rag.spec import RagSearch, RagSettings, StoreBlock
+from flowmesh_rag.blocks import RagSearch, StoreBlock
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores import base
 from flowmesh_rag.stores.base import (
     CollectionFacts,

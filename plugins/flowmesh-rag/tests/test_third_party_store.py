@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flowmesh_rag.spec import RagSettings, StoreBlock
+from flowmesh_rag.blocks import StoreBlock
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import VectorStore, open_store
 from stevedore import ExtensionManager
 from store_suite import StoreSuite

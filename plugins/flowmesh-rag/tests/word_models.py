@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flowmesh_rag.blocks import Rerank
 from flowmesh_rag.embedder import Embedder, Reranker, Role
 from flowmesh_rag.retrieval import RagExecutor
-from flowmesh_rag.spec import Rerank
 from flowmesh_rag.stores.base import BOOKKEEPING, Point
 
 from flowmesh_core import InputError

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from flowmesh_core import ExecutionError, ModelRef
-from flowmesh_rag.spec import DEFAULT_MODEL, RagEmbedding, RagSettings, Rerank
+from flowmesh_rag.blocks import DEFAULT_MODEL, RagEmbedding, Rerank
+from flowmesh_rag.settings import RagSettings
 
 if TYPE_CHECKING:  # comes with the engine
     import numpy as np

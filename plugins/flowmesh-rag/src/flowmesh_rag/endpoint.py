@@ -20,8 +20,9 @@ from flowmesh_core import (
     SecretMask,
     client_hooks,
 )
+from flowmesh_rag.blocks import RagEmbedding, RemoteBlock, Rerank
 from flowmesh_rag.embedder import Embedder, Reranker, Role
-from flowmesh_rag.spec import RagEmbedding, RagSettings, RemoteBlock, Rerank
+from flowmesh_rag.settings import RagSettings
 
 if TYPE_CHECKING:  # comes with the engine
     import numpy as np

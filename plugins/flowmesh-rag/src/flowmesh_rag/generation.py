@@ -19,9 +19,10 @@ import attrs
 from pydantic import BaseModel, Field, ValidationError
 
 from flowmesh_core import ExecutionError, FlowmeshError, InputError, Outcome, RunContext
+from flowmesh_rag.blocks import Generate, GenerateTask
 from flowmesh_rag.citations import cite
 from flowmesh_rag.endpoint import Endpoint
-from flowmesh_rag.spec import Generate, GenerateTask, RagSettings
+from flowmesh_rag.settings import RagSettings
 from flowmesh_rag.stores.base import Hit
 
 __all__ = ["SYSTEM_PROMPT", "Answer", "Asked", "Prompt", "answer_all", "build_prompt"]

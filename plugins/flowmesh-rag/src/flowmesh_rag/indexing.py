@@ -8,13 +8,14 @@ from typing import Any
 import attrs
 
 from flowmesh_core import ExecutionError, Executor, InputError, RunContext
+from flowmesh_rag.blocks import StoreBlock
 from flowmesh_rag.chunking import Chunk, Splitter
 from flowmesh_rag.collection import Collection
 from flowmesh_rag.documents import Document, ReadOptions
 from flowmesh_rag.documents.corpus import Corpus
 from flowmesh_rag.embedder import Embedder, open_embedder
 from flowmesh_rag.ledger import compare, digest_payload, point_id
-from flowmesh_rag.spec import IndexSpec, StoreBlock
+from flowmesh_rag.spec import IndexSpec
 from flowmesh_rag.stores.base import BOOKKEEPING, VectorStore, open_store
 
 __all__ = ["IndexExecutor"]

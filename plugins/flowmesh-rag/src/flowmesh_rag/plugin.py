@@ -24,7 +24,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
     shared: dict[str, Any] = {
         "install": "pip install 'flowmesh-rag[engine]'",
         "places": ["process"],  # a GPU's number counts those that the process sees
-        "settings": "flowmesh_rag.spec:RagSettings",
+        "settings": "flowmesh_rag.settings:RagSettings",
         "variables": [
             *("FLOWMESH_RAG_*", "FLOWMESH_HTTP_ALLOW", "FLOWMESH_TRUST_REMOTE_CODE"),
             "OMP_NUM_THREADS",

@@ -12,6 +12,7 @@ import attrs
 
 from flowmesh_core import Executor, FlowmeshError, InputError, Outcome, RunContext
 from flowmesh_rag import generation
+from flowmesh_rag.blocks import Rerank
 from flowmesh_rag.embedder import Embedder, Reranker, open_embedder, open_reranker
 from flowmesh_rag.queries import (
     Member,
@@ -22,7 +23,7 @@ from flowmesh_rag.queries import (
     stop_all,
 )
 from flowmesh_rag.results import Found, build_result, payload_fields
-from flowmesh_rag.spec import RagSpec, Rerank
+from flowmesh_rag.spec import RagSpec
 from flowmesh_rag.stores.base import (
     CollectionFacts,
     Search,

@@ -17,8 +17,9 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers.utils.logging import disable_progress_bar
 
 from flowmesh_core import ExecutionError, ExecutorUnavailableError, InputError, ModelRef
+from flowmesh_rag.blocks import Rerank, SentenceOptions
 from flowmesh_rag.embedder import Embedder, Reranker, Role
-from flowmesh_rag.spec import RagSettings, Rerank, SentenceOptions
+from flowmesh_rag.settings import RagSettings
 
 __all__ = ["SentenceEmbedder", "SentenceReranker", "by_length"]
 

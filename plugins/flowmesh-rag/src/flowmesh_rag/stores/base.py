@@ -25,7 +25,8 @@ from typing import Any, ClassVar, Literal
 import attrs
 
 from flowmesh_core import InputError, NetworkPolicy, PluginError, load_driver
-from flowmesh_rag.spec import RagSearch, RagSettings, StoreBlock
+from flowmesh_rag.blocks import RagSearch, StoreBlock
+from flowmesh_rag.settings import RagSettings
 
 __all__ = [
     "BOOKKEEPING",

@@ -22,7 +22,7 @@ import numpy as np
 import qdrant_edge as edge
 
 from flowmesh_core import ExecutionError, InputError
-from flowmesh_rag.spec import StoreBlock
+from flowmesh_rag.blocks import StoreBlock
 from flowmesh_rag.stores.base import (
     BOOKKEEPING,
     DENSE,

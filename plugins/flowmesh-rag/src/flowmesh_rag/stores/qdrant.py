@@ -22,8 +22,8 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from flowmesh_core import ExecutionError, FlowmeshError, InputError, SecretMask, client_hooks
+from flowmesh_rag.blocks import StoreBlock
 from flowmesh_rag.endpoint import refuse_answer
-from flowmesh_rag.spec import StoreBlock
 from flowmesh_rag.stores.base import (
     BOOKKEEPING,
     DENSE,

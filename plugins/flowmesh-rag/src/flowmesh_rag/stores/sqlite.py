@@ -17,7 +17,7 @@ import attrs
 import numpy as np
 
 from flowmesh_core import ExecutionError, InputError
-from flowmesh_rag.spec import StoreBlock
+from flowmesh_rag.blocks import StoreBlock
 from flowmesh_rag.stores.base import (
     BOOKKEEPING,
     CollectionFacts,
