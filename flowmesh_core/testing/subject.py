@@ -124,6 +124,8 @@ class Subject:
         environ, patch = read_environment(), self._patch
         cache = environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
         patch.setenv("XDG_CACHE_HOME", cache)  # caches are for what is not the task's
+        if "TORCHINDUCTOR_CACHE_DIR" not in environ:  # whoever imports torch makes one in TMPDIR
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{cache}/torchinductor")
         if site.ENABLE_USER_SITE:  # Python looks for it below the home
             patch.setenv("PYTHONPATH", site.getusersitepackages(), prepend=":")
         for name, path in (("HOME", self.home), ("TMPDIR", self.tmp)):

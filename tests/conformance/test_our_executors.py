@@ -65,6 +65,10 @@ class TestSoundFlat(TestSound):
     spec: ClassVar[Any] = {"data": {"type": "list", "items": ["hello", "world " * 300]}}
 
 
+class TestSoundKeeping(TestSound):
+    executor = "sound.keeps"
+
+
 class TestSoundChorus(ExecutorSuite):
     executor = "sound.chorus"
     plugin_files: ClassVar[Any] = [SOUND]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,6 +85,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         declare("sound.pooled", target=f"{__name__}:Pooled"),
         declare("sound.splits", result="", target=f"{__name__}:Splits"),
         declare("sound.flat", target=f"{__name__}:Flat"),
+        declare("sound.keeps", Capability.SHRINK, target=f"{__name__}:Keeps"),
         declare("sound.serves", Capability.SERVICE, target=f"{__name__}:Serves"),
         declare(
             "sound.chorus",
@@ -175,6 +178,21 @@ class Flat(Sound):
         texts = [item["output"] for item in super().items(ctx)]
         pieces = [text[at : at + 1000] for text in texts for at in range(0, len(text) or 1, 1000)]
         return [{"index": n, "output": piece} for n, piece in enumerate(pieces)]
+
+
+class Keeps(Sound):
+    """Knows what it has met before, and loads a library as torch is one."""
+
+    def load(self, ctx: RunContext) -> None:
+        self.met: set[str] = set()
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/inductor"
+        Path(cache).mkdir(parents=True, exist_ok=True)
+
+    def items(self, ctx: RunContext) -> list[Mapping[str, Any]]:
+        items = super().items(ctx)
+        new = {item["output"] for item in items} - self.met
+        self.met |= new
+        return [{**item, "output": str(item["output"] in new)} for item in items]
 
 
 class Chorus(Executor):
