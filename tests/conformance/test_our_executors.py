@@ -69,6 +69,10 @@ class TestSoundKeeping(TestSound):
     executor = "sound.keeps"
 
 
+class TestSoundDrawing(TestSound):
+    executor = "sound.draws"
+
+
 class TestSoundChorus(ExecutorSuite):
     executor = "sound.chorus"
     plugin_files: ClassVar[Any] = [SOUND]

@@ -38,13 +38,14 @@ class PromiseChecks(Given):
         """``shrink``: half the batch gives the same answers."""
         promises(flowmesh_subject, Capability.SHRINK)
         first_of(flowmesh_subject)
-        *_, whole = flowmesh_subject.story  # one that keeps things has met the same ones before
+        # One that keeps things has met the same ones before each of these.
+        _, *runs = flowmesh_subject.story
+        one, whole = (self.answer(ran.outcome.result) for ran in runs)
+        if not same(one, whole, _TOLERANCE):
+            skip("two runs answer differently: override answer, the part that should be equal")
         half = flowmesh_subject.bench.run(flowmesh_subject.example, "kit-half", do="half")
         if half.outcome.error:
             refuse([f"with half the batch its example failed with {tell(half.outcome.error)}"])
-        all_, less = (self.answer(ran.outcome.result) for ran in (whole, half))
-        refuse(
-            []
-            if same(all_, less, _TOLERANCE)
-            else [f"half the batch answers {short(less)}, the whole {short(all_)}"]
-        )
+        less = self.answer(half.outcome.result)
+        equal = same(whole, less, _TOLERANCE)
+        refuse([] if equal else [f"half the batch answers {short(less)}, the whole {short(whole)}"])

@@ -86,6 +86,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
         declare("sound.splits", result="", target=f"{__name__}:Splits"),
         declare("sound.flat", target=f"{__name__}:Flat"),
         declare("sound.keeps", Capability.SHRINK, target=f"{__name__}:Keeps"),
+        declare("sound.draws", Capability.SHRINK, target=f"{__name__}:Draws"),
         declare("sound.serves", Capability.SERVICE, target=f"{__name__}:Serves"),
         declare(
             "sound.chorus",
@@ -193,6 +194,13 @@ class Keeps(Sound):
         new = {item["output"] for item in items} - self.met
         self.met |= new
         return [{**item, "output": str(item["output"] in new)} for item in items]
+
+
+class Draws(Sound):
+    """Answers by chance, of which nobody can tell whether it depends on the batch."""
+
+    def items(self, ctx: RunContext) -> list[Mapping[str, Any]]:
+        return [{**item, "output": str(random.random())} for item in super().items(ctx)]
 
 
 class Chorus(Executor):
