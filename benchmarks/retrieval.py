@@ -3,10 +3,10 @@
 Stages ``tasks``: queries that come as one task each through a whole worker, in groups of the size
 that a worker has by default and in one group of all, against what the earlier worker did for each
 of them: a new client, a model loaded, one ``encode``, one ``query_points``; once more with the
-model kept, which is kinder. ``queries``: one task of all of
-them, against ``encode`` and search one by one on the same store. ``search``: the same with the
-vectors at hand. ``index``: documents into an empty collection, and again. ``recall``: how many of
-the five that brute force finds a graph finds too, and how often the right document is among five.
+model kept, which is kinder. ``queries``: one task of all of them, against ``encode`` and search one
+by one on the same store. ``search``: the same with the vectors at hand. ``index``: documents into
+an empty collection, and again. ``recall``: how many of the five that brute force finds a graph
+finds too, and how often the right document is among five.
 
 The texts are docstrings of the standard library and NumPy; a query is a docstring's first sentence,
 which is left out of what is indexed. Both sides have the same number of threads, which wait without
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=2000, help="about so many are indexed")
     parser.add_argument("--earlier", type=int, default=30, help="tasks run the earlier way")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="all by default")
     parser.add_argument("--dtype", default=None, help="bfloat16, say, for our tasks' queries")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
