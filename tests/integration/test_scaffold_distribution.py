@@ -50,6 +50,10 @@ class Count(Executor):
 '''
 
 
+# What would send commands to the environment of this test run; nox sets the second.
+_OF_THIS_RUN = ("PYTHONPATH", "UV_PROJECT_ENVIRONMENT")
+
+
 def find_uv() -> str:
     """Return the path of uv, beside this Python or anywhere."""
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -66,7 +70,7 @@ class Environment:
         more = os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS", "")
         self.bin = folder / "bin"
         self.environ = {
-            **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            **{key: value for key, value in os.environ.items() if key not in _OF_THIS_RUN},
             "UV_FIND_LINKS": ",".join([str(wheels), *more.split()]),
             "VIRTUAL_ENV": str(folder),
             "PATH": os.pathsep.join(
