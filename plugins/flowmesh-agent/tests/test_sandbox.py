@@ -304,7 +304,8 @@ time.sleep(20)
 """
     finished = run(code, processes=64)
     assert (finished.signal, finished.stopped) == ("SIGKILL", "processes")
-    assert 64 <= (folder / "born").stat().st_size < 300
+    # The program counts too, and it dies before it has written of the last one.
+    assert 60 <= (folder / "born").stat().st_size < 300
     assert alive(seconds) == []
 
 
