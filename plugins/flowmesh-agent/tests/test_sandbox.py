@@ -276,6 +276,15 @@ def test_other_limits_are_errors_in_the_program(
 
 
 @needs_jail
+def test_a_program_waits_for_the_worker_and_its_minder_for_nobody(run: Run) -> None:
+    code = "import os; print(*(os.getpriority(os.PRIO_PROCESS, n) for n in (0, os.getppid())))"
+    own, minder = map(int, run(code).stdout.split())
+    usual = os.nice(0)
+    assert own == min(19, usual + 10)
+    assert minder == (-20 if os.geteuid() == 0 else usual)
+
+
+@needs_jail
 def test_of_a_fork_bomb_nothing_is_left(run: Run, marker: str) -> None:
     # A thousand that stay for twenty seconds, and never more, whoever is killed on the way.
     seconds = marker.replace("2000", "20")

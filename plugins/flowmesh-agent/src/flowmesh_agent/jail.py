@@ -35,6 +35,7 @@ READ = 1 | 1 << 2 | 1 << 3  # execute and read files, list folders
 WRITE = READ | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 10 | 1 << 13 | 1 << 14
 OF_FILES = 1 | 1 << 1 | 1 << 2 | 1 << 14
 TCP, SIGNALS_AND_SOCKETS = 3, 3
+FOREMOST = -20
 LOOK_S, GLANCE_S, PATIENCE_S = 0.1, 0.02, 5.0
 NONE = float("inf")  # where there is no limit
 AT_ONCE = 100
@@ -192,7 +193,7 @@ def limit(rules: Rules) -> None:
         seconds = int(rules.number("cpu"))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(int(rules.number("nice")))  # however many they are, the minder has its turn
+    os.setpriority(os.PRIO_PROCESS, 0, int(rules.number("nice")))
     attempt(write, "/proc/self/oom_score_adj", "1000")  # ends before the worker when memory does
     prctl(AMBIENT, CLEAR_ALL, ctypes.c_ulong(0))
     if os.geteuid() == 0 and any(
@@ -394,6 +395,10 @@ def main() -> None:
     for fd in os.listdir("/proc/self/fd"):  # noqa: PTH208 - pathlib loads slowly
         if int(fd) > 2:
             attempt(os.set_inheritable, int(fd), False)
+    # However many there are, the minder has its turn; nobody but root's may come first.
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    rules["nice"] = [str(usual + int(rules.number("nice")))]
+    attempt(os.setpriority, os.PRIO_PROCESS, 0, FOREMOST)
     statuses: dict[int, int] = {}
     status = 127 << 8
     try:
