@@ -112,7 +112,7 @@ TRAINED = EXAMPLES.parent  # the examples' data is named from here
 
 
 def train(name: str, out: Path) -> dict[str, dict[str, Any]]:
-    for package in ("trl", "torch"):
+    for package in ("trl", "torch", "matplotlib"):
         pytest.importorskip(package)
     done = flowmesh("run", EXAMPLES / name, "--out", out, "--json", cwd=TRAINED, timeout_s=900)
     assert done.returncode == 0, done.stdout

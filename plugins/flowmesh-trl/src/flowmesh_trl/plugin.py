@@ -35,7 +35,7 @@ def flowmesh_register_executors() -> list[ExecutorInfo]:
 
 
 def _declare(task_type: str) -> ExecutorInfo:
-    needs = ["torch", "trl", "peft", "datasets"]
+    needs = ["torch", "trl", "peft", "datasets", "matplotlib"]
     return ExecutorInfo(
         name=f"trl.{task_type}",
         task_types={task_type},
