@@ -60,7 +60,14 @@ class Venv:
         folder.mkdir()
         self.folder, self._uv = folder, uv
         self.typed: list[tuple[str, float]] = []
-        own = ("FLOWMESH_", "PYTHON", "REDIS_", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT")
+        own = (
+            "FLOWMESH_",
+            "PYTHON",
+            "REDIS_",
+            "VIRTUAL_ENV",
+            "UV_PROJECT_ENVIRONMENT",
+            "UV_PYTHON",
+        )
         self.environ = {key: text for key, text in os.environ.items() if not key.startswith(own)}
         tools = [str(folder / ".venv" / "bin"), *([str(Path(uv).parent)] if uv else [])]
         self.environ["PATH"] = os.pathsep.join([*tools, self.environ["PATH"]])

@@ -50,8 +50,8 @@ class Count(Executor):
 '''
 
 
-# What would send commands to the environment of this test run; nox sets the second.
-_OF_THIS_RUN = ("PYTHONPATH", "UV_PROJECT_ENVIRONMENT")
+# What would send commands to the environment of this test run; nox sets those of uv.
+_OF_THIS_RUN = ("PYTHONPATH", "UV_PROJECT_ENVIRONMENT", "UV_PYTHON")
 
 
 def find_uv() -> str:
