@@ -216,12 +216,14 @@ def find_stuck(ran: Ran, what: str) -> list[str]:
 
 
 def find_swaps(answer: Callable[[Mapping[str, Any]], Any], subject: Subject) -> list[str]:
-    """Find members that got exactly what another one gets alone, and not their own."""
+    """Find members that got exactly what one that asked for other things gets alone."""
+    specs = subject.members
     alone = {name: answer(ran.outcome.result) for name, ran in subject.alone.items()}
     faults = []
     for name, ran in subject.together.items():
         got = answer(ran.outcome.result)
-        others = [other for other in alone if same(got, alone[other], 0.0)]
+        strangers = (other for other in alone if specs[other] != specs[name])
+        others = [other for other in strangers if same(got, alone[other], 0.0)]
         if others and not same(alone[name], alone[others[0]], 0.0):
             faults.append(f"{name} was given the answer of {others[0]}")
     return faults

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -20,6 +21,7 @@ from flowmesh_core.executor import Executor, ExecutorInfo, RunContext
 from flowmesh_core.plugins import load_plugins
 from flowmesh_core.registry import ExecutorRegistry
 from flowmesh_core.testing import run_task
+from flowmesh_core.testing.findings import find_swaps
 from flowmesh_core.testing.harness import build_runner
 
 FITTING = {"ok": True, "model": "m", "items": [], "usage": {}}
@@ -137,3 +139,21 @@ def test_a_task_fails_before_it_runs_when_the_spec_model_is_none(tmp_path: Path)
     assert str(outcome.error) == (
         "flowmesh_core:Outcome must be a subclass of pydantic.BaseModel, got Outcome"
     )
+
+
+@pytest.mark.parametrize(
+    ("got", "faults"),
+    [("b", ["second was given the answer of first"]), ("d", []), ("c", []), ("e", [])],
+)
+def test_a_swap_is_a_strangers_answer_and_not_another_run_of_ones_own(
+    got: str, faults: list[str]
+) -> None:
+    def ran(answer: str) -> Any:
+        return SimpleNamespace(outcome=SimpleNamespace(result={"answer": answer}))
+
+    subject = SimpleNamespace(
+        members={"first": {"text": 1}, "second": {"text": 2}, "third": {"text": 2}},
+        alone={"first": ran("b"), "second": ran("c"), "third": ran("d")},
+        together={"second": ran(got)},
+    )
+    assert find_swaps(lambda result: result["answer"], cast("Any", subject)) == faults
