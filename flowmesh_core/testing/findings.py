@@ -30,6 +30,7 @@ __all__ = [
     "is_refusal",
     "is_there",
     "judge_rows",
+    "repeated",
     "same",
     "short",
     "tell",
@@ -243,6 +244,16 @@ def same(one: Any, other: Any, tolerance: float) -> bool:
         return abs(one - other) <= tolerance * max(1.0, abs(one))
     equal: bool = one == other
     return equal
+
+
+def repeated(one: Any, other: Any, tolerance: float) -> Any:
+    """Return the part of an answer that another run of the same work repeats; None for nothing."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        both = one.keys() & other.keys()
+        return {
+            key: one[key] for key in one if key in both and same(one[key], other[key], tolerance)
+        }
+    return one if same(one, other, tolerance) else None
 
 
 def short(value: Any) -> str:

@@ -313,8 +313,8 @@ time.sleep(20)
 """
     finished = run(code, processes=64)
     assert (finished.signal, finished.stopped) == ("SIGKILL", "processes")
-    # The program counts too, and it dies before it has written of the last one.
-    assert 60 <= (folder / "born").stat().st_size < 300
+    # The 65th of all is the 64th sleeper, of which the program may not have written yet.
+    assert 63 <= (folder / "born").stat().st_size < 300
     assert alive(seconds) == []
 
 

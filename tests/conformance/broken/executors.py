@@ -725,6 +725,21 @@ class ShrinksAnswers(Sound):
         return [{**item, "output": item["output"][:less]} for item in super().items(ctx)]
 
 
+@breaks(
+    "shrink",
+    'half the batch answers .*"loss": 2}, the whole .*"loss": 1}',
+    Capability.SHRINK,
+    result="",
+)
+class ShrinksBesideTimes(Sound):
+    """Has something in its answer that no run repeats."""
+
+    def answer(self, ctx: RunContext) -> Any:
+        answer = super().answer(ctx)
+        loss = 2 if ctx.batch_scale < 1 else 1
+        return {"ended": str(time.time_ns()), "ok": answer["ok"], "loss": loss}
+
+
 class Groups(Sound):
     def run_group(self, ctxs: Sequence[RunContext]) -> Iterator[tuple[str, Any]]:
         answers = list(super().run_group(ctxs))
